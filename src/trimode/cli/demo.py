@@ -1,0 +1,78 @@
+"""`trimode demo`: the same question in every mode, and what each answer cost."""
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from trimode.cli import screen
+from trimode.cli.options import Device, Dtype, Json, ModelName, Threads, given
+from trimode.errors import PromptError
+from trimode.viz import terminal
+
+__all__ = ["demo"]
+
+MODES = ("ar", "diffusion", "self_spec")
+
+
+def demo(
+    prompt: Annotated[
+        str, typer.Option("--prompt", metavar="TEXT", rich_help_panel="Prompt", help="The question.")
+    ] = "Why is the sky blue?",
+    max_new_tokens: Annotated[
+        str,
+        typer.Option("--max-new-tokens", metavar="N", rich_help_panel="Prompt", help="Longest answer, in tokens."),
+    ] = "64",
+    model: ModelName = "smollm2-135m",
+    dtype: Dtype = None,
+    device: Device = None,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Ask one question in every mode and compare the costs."""
+    limit = given({"max_new_tokens": max_new_tokens})["max_new_tokens"]
+    if not prompt:
+        raise PromptError("The prompt is empty. Give some text.")
+    runner = screen.load(model, dtype=dtype, device=device, threads=threads)
+    # Whatever is set up on first use (threads, buffers) is no mode's cost.
+    runner.generate(prompt, mode="ar", max_new_tokens=2)
+
+    console = Console(highlight=False, emoji=False, markup=False)
+    if not json:
+        console.print(screen.title(runner), soft_wrap=True)
+        console.print(Text(f"> {prompt}"), soft_wrap=True)
+    outputs: dict[str, Any] = {}
+    told: set[str] = set()
+    for mode in MODES:
+        notice = runner.notice(mode)
+        if json:
+            outputs[mode] = runner.generate(prompt, mode=mode, max_new_tokens=limit)
+            continue
+        console.print()
+        console.print(Text(f"── {mode} ──", style="bold cyan"))
+        if notice and notice not in told:
+            told.add(notice)  # what holds for two modes is said once
+            console.print(Text(notice, style="dim italic"), soft_wrap=True)
+        shown = screen.show(runner.stream(prompt, mode=mode, max_new_tokens=limit))
+        if shown.output is None:
+            raise typer.Exit(130)
+        outputs[mode] = shown.output
+
+    same = list(outputs["self_spec"].token_ids) == list(outputs["ar"].token_ids)
+    if json:
+        runs = [{**screen.as_record(outputs[mode]), "notice": runner.notice(mode)} for mode in MODES]
+        screen.print_json({"model": runner.name, "prompt": prompt, "runs": runs, "self_spec_equals_ar": same})
+        return
+    console.print()
+    console.print(terminal.demo_table([outputs[mode].stats.as_dict() for mode in MODES]))
+    console.print(Text(equality(same, str(runner.dtype).removeprefix("torch."))), soft_wrap=True)
+
+
+def equality(same: bool, dtype: str) -> str:
+    """The closing line: is the text of `self_spec` that of `ar`?"""
+    if same:
+        return "self_spec's text equals ar's, token for token."
+    if dtype == "float32":
+        return "self_spec's text differs from ar's. In float32 that is a bug; please report it."
+    return f"self_spec's text differs from ar's: in {dtype} two choices may tie within rounding. In float32 they agree."

@@ -1,0 +1,259 @@
+"""`diffusion`: fill several masked places of a block in each forward, from both sides, over a causal prefix (arXiv 2607.05722).
+
+A block starts with its anchor, which the causal view of what is final predicts; it is final at once. The places after it are the
+canvas. Denoising steps fill them, surest first, and may revise what they filled; nothing of a block is cached until it is full, when
+one causal step over it writes its keys and gives the next anchor. `Infill` uses the same steps on a canvas with fixed tokens in it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from trimode.decoding.autoregressive import causal_step
+from trimode.decoding.interface import Generation, Outcome, Predictions, Step, Traits
+from trimode.decoding.sampling import adjusted, next_token, pick, truncated_distribution, uniform
+from trimode.decoding.settings import Settings
+from trimode.decoding.unmasking import POLICIES, Candidates, quota
+from trimode.model.views import Bidirectional, BlockOverCausal
+
+__all__ = ["BlockDiffusion", "Infill", "Progress", "block_step", "denoise", "length_of_block"]
+
+DEFAULT_THRESHOLD = 0.9
+DEFAULT_ENTROPY_BOUND = 0.1
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where the denoising of one block stands."""
+
+    num_masked: int
+    """Masks that it started with."""
+    num_steps: int
+    """Passes that may fill; the last of them fills all that is left."""
+    fixed: frozenset[int] = frozenset()
+    """Places of the canvas that never change."""
+    banned: tuple[int, ...] = ()
+    """Tokens that may not fill a place."""
+    step: int = 0
+    post_step: int = 0
+    settled: bool = False
+    """The last revising pass changed nothing."""
+    confidence: dict[int, float] = field(default_factory=dict)
+    """Of each filled place, when it was filled."""
+
+
+def length_of_block(generation: Generation) -> int:
+    """The request's block length, or the checkpoint's."""
+    return generation.settings.block_length or generation.traits.block_length
+
+
+def block_step(generation: Generation, kind: str, canvas: Sequence[int], places: Sequence[int], adapter: str) -> Step:
+    """A forward over the uncached final tokens and the canvas behind them, asking for these places of the canvas."""
+    known = generation.uncached
+    tokens = known + tuple(canvas)
+    view = BlockOverCausal(len(known)) if generation.traits.known_tokens_are_causal else Bidirectional()
+    mask = generation.traits.mask_token_id
+    adapted: tuple[int, ...] = ()
+    if adapter == "all":
+        adapted = tuple(range(len(tokens)))
+    elif adapter == "masks":
+        adapted = tuple(len(known) + i for i, token in enumerate(canvas) if token == mask)
+    at = tuple(len(known) + place for place in places)
+    return Step(kind=kind, tokens=tokens, view=view, at=at, adapted=adapted)
+
+
+def places_asked(generation: Generation, progress: Progress) -> list[int]:
+    """Places of the canvas that the next denoising step predicts: the masked ones, and with revision every one that may change."""
+    mask = generation.traits.mask_token_id
+    if generation.settings.editing_threshold is None:
+        return [i for i, token in enumerate(generation.canvas) if token == mask]
+    return [i for i in range(len(generation.canvas)) if i not in progress.fixed]
+
+
+def denoise(generation: Generation, progress: Progress, logits: Tensor) -> int:
+    """Fill and revise the canvas from the logits of `places_asked`. Returns how many tokens were revised."""
+    settings, traits, canvas = generation.settings, generation.traits, generation.canvas
+    places = places_asked(generation, progress)
+    known = [token for token in canvas if token != traits.mask_token_id]
+    scores = adjusted(logits, generation, [*generation.final, *known])
+    if progress.banned:
+        scores[:, list(progress.banned)] = float("-inf")
+    if settings.temperature == 0:
+        tokens = scores.argmax(dim=-1)
+    else:
+        tokens = pick(truncated_distribution(scores, settings), uniform(generation, len(places)))
+    # as the reference: the untempered softmax with the mask in it, rounded to the model's dtype
+    probabilities = logits.float().softmax(dim=-1)
+    confidence = probabilities.gather(-1, tokens[:, None])[:, 0].to(logits.dtype)
+
+    masked = [j for j, place in enumerate(places) if canvas[place] == traits.mask_token_id]
+    filled = [j for j, place in enumerate(places) if canvas[place] != traits.mask_token_id]
+    revised = 0
+    if settings.editing_threshold is not None and filled:
+        revised = _revise(generation, progress, [places[j] for j in filled], tokens[filled], confidence[filled])
+    if masked:
+        _fill(
+            generation, progress, [places[j] for j in masked], tokens[masked], confidence[masked], probabilities[masked]
+        )
+        progress.step += 1
+    else:
+        progress.post_step += 1
+        progress.settled = revised == 0
+    return revised
+
+
+def _fill(
+    generation: Generation,
+    progress: Progress,
+    places: list[int],
+    tokens: Tensor,
+    confidence: Tensor,
+    probabilities: Tensor,
+) -> None:
+    settings = generation.settings
+    candidates = Candidates(
+        confidence=confidence,
+        probabilities=probabilities,
+        quota=quota(progress.num_masked, progress.num_steps, progress.step),
+        threshold=DEFAULT_THRESHOLD if settings.threshold is None else settings.threshold,
+        entropy_bound=DEFAULT_ENTROPY_BOUND if settings.entropy_bound is None else settings.entropy_bound,
+        random=generation.random,
+    )
+    is_last = progress.step + 1 >= progress.num_steps
+    chosen = torch.ones(len(places), dtype=torch.bool) if is_last else POLICIES[settings.unmasking](candidates)
+    for place, token, sure, take in zip(places, tokens.tolist(), confidence.tolist(), chosen.tolist(), strict=True):
+        if take:
+            generation.canvas[place] = token
+            progress.confidence[place] = sure
+
+
+def _revise(generation: Generation, progress: Progress, places: list[int], tokens: Tensor, confidence: Tensor) -> int:
+    bound = torch.tensor(generation.settings.editing_threshold, dtype=confidence.dtype, device=confidence.device)
+    sure_enough = (confidence >= bound).tolist()
+    num_revised = 0
+    for place, token, sure, take in zip(places, tokens.tolist(), confidence.tolist(), sure_enough, strict=True):
+        if take and token != generation.canvas[place]:
+            generation.canvas[place] = token
+            progress.confidence[place] = sure
+            num_revised += 1
+    return num_revised
+
+
+def wants_revision(generation: Generation, progress: Progress) -> bool:
+    """Whether a full canvas gets another pass that only revises."""
+    settings = generation.settings
+    return (
+        settings.editing_threshold is not None and progress.post_step < settings.max_post_steps and not progress.settled
+    )
+
+
+class BlockDiffusion:
+    """Anchor, denoising steps, commit: block after block."""
+
+    def plan(self, generations: Sequence[Generation]) -> list[Step]:
+        return [self._plan(g) for g in generations]
+
+    def _plan(self, g: Generation) -> Step:
+        if g.state is None:
+            return causal_step(g, "commit")
+        kind = "denoise" if g.traits.mask_token_id in g.canvas else "revise"
+        return block_step(g, kind, g.canvas, places_asked(g, g.state), g.traits.adapter_on_denoise)
+
+    def absorb(
+        self, generations: Sequence[Generation], steps: Sequence[Step], predictions: Sequence[Predictions]
+    ) -> list[Outcome]:
+        return [self._absorb(g, s, p) for g, s, p in zip(generations, steps, predictions, strict=True)]
+
+    def _absorb(self, g: Generation, step: Step, predictions: Predictions) -> Outcome:
+        if g.state is None:
+            anchor = next_token(predictions.after, g)
+            self._start_block(g, anchor)
+            return Outcome(committed=(anchor,), kept=len(step.tokens))
+        progress: Progress = g.state
+        revised = denoise(g, progress, predictions.at)
+        num_needed = _num_needed(g)
+        if g.traits.mask_token_id in g.canvas[:num_needed] or wants_revision(g, progress):
+            return Outcome(revised=revised)
+        committed = tuple(g.canvas[:num_needed])
+        sure = tuple(progress.confidence.get(i, 1.0) for i in range(num_needed))
+        g.canvas, g.state = [], None
+        return Outcome(committed=committed, probabilities=sure, revised=revised)
+
+    def _start_block(self, g: Generation, anchor: int) -> None:
+        length = length_of_block(g)
+        if length == 1:
+            return
+        mask = g.traits.mask_token_id
+        g.canvas = [mask] * (length - 1)
+        fixed = frozenset[int]()
+        budget, end_think = g.settings.max_thinking_tokens, g.settings.end_think_token_id
+        if budget is not None and end_think is not None:
+            place = budget - g.num_new - 1
+            if 0 <= place < len(g.canvas) and end_think not in (*g.new_tokens, anchor):
+                g.canvas[place] = end_think
+                fixed = frozenset((place,))
+        num_masked = g.canvas.count(mask)
+        if num_masked == 0:
+            # a block of two whose only place is `</think>`: nothing to denoise; the next causal step takes it from there
+            g.canvas = []
+            return
+        num_steps = g.settings.max_denoising_steps or length
+        g.state = Progress(num_masked=num_masked, num_steps=num_steps, fixed=fixed)
+
+    def num_scratch(self, settings: Settings, traits: Traits) -> int:
+        return settings.block_length or traits.block_length
+
+
+def _num_needed(g: Generation) -> int:
+    """Places of the canvas that will be text: up to the first end of text that nothing masked precedes, or to the token limit."""
+    mask = g.traits.mask_token_id
+    for i, token in enumerate(g.canvas):
+        if token == mask:
+            break
+        if g.ends_with(token):
+            return i + 1
+    return min(len(g.canvas), g.num_left)
+
+
+class Infill:
+    """Fill the masked places of a canvas that holds fixed tokens too; the prompt is the text before the first of them.
+
+    All is denoised as one block. The last token of the prompt is left uncached to lead the block, as an anchor does elsewhere.
+    """
+
+    def plan(self, generations: Sequence[Generation]) -> list[Step]:
+        return [self._plan(g) for g in generations]
+
+    def _plan(self, g: Generation) -> Step:
+        if len(g.uncached) > 1:
+            return causal_step(g, "prefill")
+        if g.state is None:
+            mask = g.traits.mask_token_id
+            fixed = frozenset(i for i, token in enumerate(g.canvas) if token != mask)
+            num_masked = len(g.canvas) - len(fixed)
+            # nothing that ends a text belongs into the middle of one
+            banned = tuple(g.traits.eos_token_ids)
+            num_steps = g.settings.max_denoising_steps or num_masked
+            g.state = Progress(num_masked=num_masked, num_steps=num_steps, fixed=fixed, banned=banned)
+        kind = "denoise" if g.traits.mask_token_id in g.canvas else "revise"
+        return block_step(g, kind, g.canvas, places_asked(g, g.state), g.traits.adapter_on_denoise)
+
+    def absorb(
+        self, generations: Sequence[Generation], steps: Sequence[Step], predictions: Sequence[Predictions]
+    ) -> list[Outcome]:
+        return [self._absorb(g, s, p) for g, s, p in zip(generations, steps, predictions, strict=True)]
+
+    def _absorb(self, g: Generation, step: Step, predictions: Predictions) -> Outcome:
+        if step.kind == "prefill":
+            return Outcome(kept=len(step.tokens) - 1)
+        progress: Progress = g.state
+        revised = denoise(g, progress, predictions.at)
+        if g.traits.mask_token_id in g.canvas or wants_revision(g, progress):
+            return Outcome(revised=revised)
+        sure = tuple(progress.confidence.get(i, 1.0) for i in range(len(g.canvas)))
+        return Outcome(committed=tuple(g.canvas), probabilities=sure, revised=revised)
+
+    def num_scratch(self, settings: Settings, traits: Traits) -> int:
+        return 0

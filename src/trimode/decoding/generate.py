@@ -1,0 +1,124 @@
+"""The reference loop: plan, run, absorb, release, until every generation is finished.
+
+It is handed the function that runs steps and never sees a model. Three contract lines are checked for every decoder alike: a step
+starts with every final token not yet cached; only causal keys stay; the cache never runs ahead of what is final.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from trimode.decoding.interface import Generation, Outcome, Predictions, Step
+from trimode.errors import EngineContractError
+
+__all__ = ["IsStopped", "Observer", "RunSteps", "apply", "run_to_end", "tick"]
+
+RunSteps = Callable[[Sequence[Generation], Sequence[Step]], list[Predictions]]
+Observer = Callable[[Generation, Step, Outcome], None]
+IsStopped = Callable[[Generation, int], bool]
+"""Told of each committed token in order; True ends the generation there (stop strings, which only text knows)."""
+
+
+def tick(
+    generations: Sequence[Generation],
+    run: RunSteps,
+    *,
+    observe: Observer | None = None,
+    is_stopped: IsStopped | None = None,
+) -> None:
+    """One forward for each of these unfinished generations, whatever their decoders."""
+    steps = _plan(generations)
+    for g, step in zip(generations, steps, strict=True):
+        check_step(g, step)
+    predictions = run(generations, steps)
+    outcomes = _absorb(generations, steps, predictions)
+    for g, step, outcome in zip(generations, steps, outcomes, strict=True):
+        apply(g, step, outcome, is_stopped)
+        if observe is not None:
+            observe(g, step, outcome)
+
+
+def run_to_end(
+    generations: Sequence[Generation],
+    run: RunSteps,
+    *,
+    observe: Observer | None = None,
+    is_stopped: IsStopped | None = None,
+) -> Iterator[None]:
+    """Ticks until all are finished, yielding after each so that the caller can look, or stop."""
+    while active := [g for g in generations if g.finish_reason is None]:
+        tick(active, run, observe=observe, is_stopped=is_stopped)
+        yield
+
+
+def _by_decoder(generations: Sequence[Generation]) -> list[list[int]]:
+    groups: dict[int, list[int]] = {}
+    for i, g in enumerate(generations):
+        groups.setdefault(id(g.decoder), []).append(i)
+    return list(groups.values())
+
+
+def _plan(generations: Sequence[Generation]) -> list[Step]:
+    steps: dict[int, Step] = {}
+    for group in _by_decoder(generations):
+        planned = generations[group[0]].decoder.plan([generations[i] for i in group])
+        steps.update(zip(group, planned, strict=True))
+    return [steps[i] for i in range(len(generations))]
+
+
+def _absorb(
+    generations: Sequence[Generation], steps: Sequence[Step], predictions: Sequence[Predictions]
+) -> list[Outcome]:
+    outcomes: dict[int, Outcome] = {}
+    for group in _by_decoder(generations):
+        absorbed = generations[group[0]].decoder.absorb(
+            [generations[i] for i in group], [steps[i] for i in group], [predictions[i] for i in group]
+        )
+        outcomes.update(zip(group, absorbed, strict=True))
+    return [outcomes[i] for i in range(len(generations))]
+
+
+def check_step(g: Generation, step: Step) -> None:
+    """Contract line 1, before the forward runs."""
+    uncached = g.uncached
+    if not step.tokens or step.tokens[: len(uncached)] != uncached:
+        raise EngineContractError(
+            f"A {step.kind} step must start with the {len(uncached)} final tokens that are not cached; "
+            f"got {step.tokens[: len(uncached)]}, expected {uncached}."
+        )
+
+
+def apply(g: Generation, step: Step, outcome: Outcome, is_stopped: IsStopped | None = None) -> None:
+    """Make an outcome real: count it, move the cursor, append what is final, and finish where the text ends."""
+    if outcome.kept > step.view.num_causal(len(step.tokens)):
+        raise EngineContractError(
+            f"A {step.kind} step may keep its {step.view.num_causal(len(step.tokens))} causal inputs; got {outcome.kept}."
+        )
+    final_after = (*g.uncached, *outcome.committed)
+    if outcome.kept > len(final_after) or step.tokens[: outcome.kept] != final_after[: outcome.kept]:
+        raise EngineContractError(
+            f"A {step.kind} step keeps keys of tokens that are not final: kept {step.tokens[: outcome.kept]}, "
+            f"final {final_after}."
+        )
+    _count(g, step, outcome)
+    g.cached += outcome.kept
+    before = g.num_new
+    for token in outcome.committed:
+        g.final.append(token)
+        stopped = is_stopped is not None and is_stopped(g, token)
+        if stopped or g.ends_with(token):
+            g.finish_reason = "stop"
+        elif g.num_new >= g.settings.max_new_tokens:
+            g.finish_reason = "length"
+        if g.finish_reason is not None:
+            break
+    if outcome.accepted is not None:
+        g.tally.rounds += 1
+        g.tally.round_tokens += g.num_new - before
+
+
+def _count(g: Generation, step: Step, outcome: Outcome) -> None:
+    if step.kind == "prefill":
+        g.tally.nfe_prefill += 1
+    else:
+        g.tally.nfe_decode += 1
+    g.tally.forwards[step.kind] = g.tally.forwards.get(step.kind, 0) + 1
+    g.tally.revised += outcome.revised

@@ -1,0 +1,161 @@
+"""The seam that makes the decoders peers.
+
+A generation is final ids, a tentative canvas and a cursor. A decoder answers two questions, `plan` (which forward next?) and `absorb`
+(what became final?), and never sees the model: the engine owns every forward. A step asks for predictions by input: *after* a known
+input (the causal answer) or *at* a masked one; whether a checkpoint's block rows are shifted is the runner's business.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from trimode.decoding.settings import Settings
+from trimode.model.views import View
+
+__all__ = ["Decoder", "Generation", "Outcome", "Predictions", "Step", "Tally", "Traits"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traits:
+    """What decoders need to know of a checkpoint."""
+
+    mask_token_id: int
+    """Stands for 'not known yet' and never wins a choice; -1 where there is none."""
+    eos_token_ids: frozenset[int]
+    block_length: int
+    known_tokens_are_causal: bool = False
+    """In a block step, final tokens see causally instead of seeing the block."""
+    adapter_on_draft: str = "none"
+    """Inputs of a self-speculation draft that the adapter acts on: "none", "all" or "masks"."""
+    adapter_on_denoise: str = "none"
+    """The same for diffusion's denoising steps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One forward pass that a decoder asks for, for one generation."""
+
+    kind: str
+    """What it is for: prefill, decode, denoise, commit, draft, verify, speculate. For counters and traces."""
+    tokens: tuple[int, ...]
+    """Inputs, placed after the cached prefix; they start with every final token not yet cached."""
+    view: View
+    """How these inputs see one another; all of them see the cached prefix. It also gives their positions."""
+    after: tuple[int, ...] = ()
+    """Inputs whose successor is to be predicted."""
+    at: tuple[int, ...] = ()
+    """Inputs whose own place is to be predicted."""
+    adapted: tuple[int, ...] = ()
+    """Inputs that the draft adapter acts on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """Logits for what a step asked, in its order, in the model's dtype."""
+
+    after: Tensor
+    """[len(step.after), V]"""
+    at: Tensor
+    """[len(step.at), V]"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a decoder made of one step's predictions."""
+
+    committed: tuple[int, ...] = ()
+    """Tokens that are now final, in order."""
+    kept: int = 0
+    """How many leading inputs leave their keys and values in the cache; zero for a draft."""
+    probabilities: tuple[float, ...] = ()
+    """For traces: the confidence of each committed token, where the decoder has one."""
+    revised: int = 0
+    """Filled tokens of the block that this step replaced."""
+    accepted: int | None = None
+    """Drafts that a verification accepted; None for other steps."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counts of one generation."""
+
+    nfe_prefill: int = 0
+    nfe_decode: int = 0
+    rounds: int = 0
+    """Verifications."""
+    round_tokens: int = 0
+    """Tokens emitted by them, the bonus tokens included."""
+    revised: int = 0
+    forwards: dict[str, int] = field(default_factory=dict)
+    """Steps by kind."""
+
+
+@dataclass(slots=True, eq=False)
+class Generation:
+    """One prompt on its way to an answer. The loop owns `final`, `cached` and `finish_reason`; its decoder owns `canvas` and
+    `state`."""
+
+    prompt: tuple[int, ...]
+    settings: Settings
+    traits: Traits
+    random: torch.Generator
+    """This request's own random numbers, on the CPU: the same alone or in a batch."""
+    decoder: "Decoder"
+    final: list[int] = field(default_factory=list)
+    """Prompt and committed tokens."""
+    canvas: list[int] = field(default_factory=list)
+    """The tentative tokens that follow `final`."""
+    cached: int = 0
+    """Leading tokens of `final` whose keys and values are in the cache."""
+    finish_reason: str | None = None
+    state: Any = None
+    """Whatever the decoder must remember between steps."""
+    tally: Tally = field(default_factory=Tally)
+
+    def __post_init__(self) -> None:
+        self.final = list(self.prompt)
+
+    @property
+    def new_tokens(self) -> list[int]:
+        """The answer so far."""
+        return self.final[len(self.prompt) :]
+
+    @property
+    def num_new(self) -> int:
+        return len(self.final) - len(self.prompt)
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that may still be committed."""
+        return self.settings.max_new_tokens - self.num_new
+
+    @property
+    def uncached(self) -> tuple[int, ...]:
+        """Final tokens that every next step starts with."""
+        return tuple(self.final[self.cached :])
+
+    def ends_with(self, token: int) -> bool:
+        """Whether this token ends the text."""
+        return not self.settings.ignore_eos and token in self.traits.eos_token_ids
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """A way to decode. One object serves all generations of its kind; what differs lives in the generation."""
+
+    def plan(self, generations: Sequence[Generation]) -> list[Step]:
+        """The next forward that each generation needs."""
+        ...
+
+    def absorb(
+        self, generations: Sequence[Generation], steps: Sequence[Step], predictions: Sequence[Predictions]
+    ) -> list[Outcome]:
+        """What each of these forwards made final."""
+        ...
+
+    def num_scratch(self, settings: Settings, traits: Traits) -> int:
+        """Inputs that a step may place after the final tokens: cache positions needed beyond prompt and answer."""
+        ...

@@ -1,0 +1,168 @@
+"""From logits to tokens: penalties, truncation, choice and verification, as functions of logits and history.
+
+Random choices invert the cumulative distribution at a uniform number from the request's own CPU generator, so that a seed gives the
+same answer alone or in a batch, on any device.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from trimode.decoding.interface import Generation
+from trimode.decoding.settings import Settings
+
+__all__ = [
+    "adjusted",
+    "draft_tokens",
+    "next_token",
+    "pick",
+    "truncated_distribution",
+    "uniform",
+    "verify",
+]
+
+
+def adjusted(
+    logits: Float[Tensor, "T V"], generation: Generation, history: Sequence[int] | None = None
+) -> Float[Tensor, "T V"]:
+    """Logits in float32 with the mask excluded and bias and repetition penalty applied. `history`: the tokens that the penalty
+    looks at, the generation's final ones if None."""
+    settings = generation.settings
+    out = logits.float()
+    if out is logits:
+        out = logits.clone()
+    mask = generation.traits.mask_token_id
+    if mask >= 0:
+        out[:, mask] = float("-inf")
+    if settings.logit_bias:
+        ids = torch.tensor(list(settings.logit_bias), device=out.device)
+        out[:, ids] += torch.tensor(list(settings.logit_bias.values()), dtype=out.dtype, device=out.device)
+    if settings.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted(set(generation.final if history is None else history)), device=out.device)
+        scores = out[:, seen]
+        p = settings.repetition_penalty
+        out[:, seen] = torch.where(scores > 0, scores / p, scores * p)
+    return out
+
+
+def truncated_distribution(logits: Float[Tensor, "T V"], settings: Settings) -> Float[Tensor, "T V"]:
+    """Probabilities after temperature, top-k, top-p and min-p, in this order, from adjusted logits. temperature > 0."""
+    scaled = logits / settings.temperature
+    if 0 < settings.top_k < scaled.shape[-1]:
+        least = scaled.topk(settings.top_k, dim=-1).values[:, -1:]
+        scaled = scaled.masked_fill(scaled < least, float("-inf"))
+    # float64: in float32 the tail of a large vocabulary's cumulative sum is lost and top-p keeps too much
+    p = scaled.double().softmax(dim=-1)
+    if settings.top_p < 1.0:
+        ordered, order = p.sort(dim=-1, descending=True, stable=True)
+        before = ordered.cumsum(dim=-1) - ordered
+        kept = torch.zeros_like(p).scatter(-1, order, ordered.masked_fill(before >= settings.top_p, 0.0))
+        p = kept / kept.sum(dim=-1, keepdim=True)
+    if settings.min_p > 0:
+        p = p.masked_fill(p < settings.min_p * p.amax(dim=-1, keepdim=True), 0.0)
+        p = p / p.sum(dim=-1, keepdim=True)
+    return p
+
+
+def uniform(generation: Generation, count: int = 1) -> Tensor:
+    """Uniform numbers in [0, 1), float64, on the CPU."""
+    return torch.rand(count, generator=generation.random, dtype=torch.float64)
+
+
+def pick(p: Float[Tensor, "T V"], u: Float[Tensor, " T"]) -> Int[Tensor, " T"]:
+    """One token a row: where the cumulative distribution passes u."""
+    cumulative = p.cumsum(dim=-1)
+    target = u.to(p.device)[:, None] * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, target, right=True)[:, 0]
+    # rounding may carry u past the last token with any probability
+    last = p.shape[-1] - 1 - (p > 0).flip(-1).to(torch.uint8).argmax(dim=-1)
+    return torch.minimum(index, last)
+
+
+def forced_token(generation: Generation, history: Sequence[int]) -> int | None:
+    """`</think>` where the thinking budget is used up without one, given all tokens before this place; else None."""
+    settings = generation.settings
+    budget, token = settings.max_thinking_tokens, settings.end_think_token_id
+    num_new = len(history) - len(generation.prompt)
+    if budget is None or token is None or num_new < budget:
+        return None
+    return None if token in history[len(generation.prompt) :] else token
+
+
+def next_token(logits: Float[Tensor, "1 V"], generation: Generation) -> int:
+    """The autoregressive choice after everything final."""
+    return _choose(logits, generation, generation.final)
+
+
+def _choose(logits: Tensor, generation: Generation, history: Sequence[int]) -> int:
+    forced = forced_token(generation, history)
+    if forced is not None:
+        return forced
+    scores = adjusted(logits, generation, history)
+    if generation.settings.temperature == 0:
+        return int(scores.argmax(dim=-1))
+    return int(pick(truncated_distribution(scores, generation.settings), uniform(generation)))
+
+
+def draft_tokens(logits: Float[Tensor, "T V"], generation: Generation) -> tuple[list[int], Tensor | None]:
+    """Tentative tokens for masked places, and the distributions that they were drawn from: None if they are arg-maxima."""
+    scores = adjusted(logits, generation)
+    if generation.settings.temperature == 0:
+        return scores.argmax(dim=-1).tolist(), None
+    q = truncated_distribution(scores, generation.settings)
+    return pick(q, uniform(generation, len(q))).tolist(), q
+
+
+def verify(
+    drafts: Sequence[int],
+    q: Float[Tensor, "T V"] | None,
+    logits: Float[Tensor, "T1 V"],
+    generation: Generation,
+) -> list[int]:
+    """The tokens that follow `generation.final`: the accepted run of drafts and one more, distributed exactly as if each had been
+    drawn from the causal logits one by one. Row i of `logits` predicts drafts[i]; the last row follows all of them.
+
+    Greedy: a draft is accepted if it is the arg-max. Sampled (arXiv 2211.17192): draft x is accepted with probability
+    min(1, p(x) / q(x)), else a token is drawn from the positive part of p - q. Without `q` a draft counts as certain (q = 1 at x):
+    exact for any draft however it was made, as long as these random numbers had no part in it.
+    """
+    settings = generation.settings
+    history = list(generation.final)
+    start = len(history)
+    plain_greedy = (
+        settings.temperature == 0 and settings.repetition_penalty == 1.0 and settings.max_thinking_tokens is None
+    )
+    if plain_greedy:
+        best = adjusted(logits, generation).argmax(dim=-1).tolist()
+        num = 0
+        while num < len(drafts) and drafts[num] == best[num]:
+            num += 1
+        return best[: num + 1]
+    for i in range(len(drafts) + 1):
+        draft = drafts[i] if i < len(drafts) else None
+        if settings.temperature == 0 or draft is None or forced_token(generation, history) is not None:
+            token = _choose(logits[i : i + 1], generation, history)
+        else:
+            p = truncated_distribution(adjusted(logits[i : i + 1], generation, history), settings)[0]
+            token = _accept_or_redraw(draft, p, None if q is None else q[i], generation)
+        history.append(token)
+        if token != draft:
+            break
+    return history[start:]
+
+
+def _accept_or_redraw(draft: int, p: Tensor, q: Tensor | None, generation: Generation) -> int:
+    q_draft = 1.0 if q is None else float(q[draft])
+    if float(uniform(generation)) * q_draft < float(p[draft]):
+        return draft
+    if q is None:
+        residual = p.clone()
+        residual[draft] = 0.0
+    else:
+        residual = (p - q).clamp(min=0.0)
+    if float(residual.sum()) <= 0.0:
+        # p equals q up to rounding, so a rejection has no measure: the draft is as good a draw as any
+        return draft
+    return int(pick(residual[None], uniform(generation)))

@@ -1,0 +1,199 @@
+"""The knobs of one generation: names, ranges, and which of them do anything in which mode.
+
+A setting without effect is an error: whoever turns a knob is told when it is not connected.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from trimode.errors import SettingError, nearest
+
+__all__ = ["MODES", "UNMASKING", "Settings", "check_for_mode", "parse_settings"]
+
+MODES = ("auto", "ar", "diffusion", "self_spec")
+UNMASKING = ("threshold", "fixed", "entropy_bound", "margin", "leftmost", "random")
+SELF_SPEC_KINDS = ("linear", "quadratic")
+
+_MODE_ALIASES = {"dlm": "diffusion", "linear_spec": "self_spec"}
+_KNOB_ALIASES = {"block_size": "block_length", "remasking": "unmasking"}
+_UNMASKING_ALIASES = {"low_confidence": "threshold"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How to decode one prompt. None means: the checkpoint's or the mode's own default."""
+
+    mode: str = "auto"
+    """One of `MODES`."""
+    max_new_tokens: int = 128
+    """The answer's longest length in tokens, the end-of-text token included."""
+    temperature: float = 0.0
+    """0 is greedy; otherwise logits are divided by it before sampling."""
+    top_p: float = 1.0
+    """Sample among the fewest tokens that hold this much probability."""
+    top_k: int = 0
+    """Sample among this many best tokens; 0 is all."""
+    min_p: float = 0.0
+    """Sample among tokens with at least this share of the best one's probability."""
+    seed: int | None = None
+    """Seed of this request's own random numbers; None draws one."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the answer; they are not part of its text."""
+    ignore_eos: bool = False
+    """End-of-text tokens do not end the answer."""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens already in prompt or answer lose score."""
+    logit_bias: Mapping[int, float] | None = None
+    """Added to the logits of these ids."""
+    max_thinking_tokens: int | None = None
+    """After so many tokens without `</think>`, it is put in."""
+    block_length: int | None = None
+    """Tokens in a block."""
+    threshold: float | None = None
+    """diffusion: a masked position commits at this confidence (0.9). self_spec: above 0, drafts take several passes (0)."""
+    unmasking: str = "threshold"
+    """Which masked positions of a block commit in a step; one of `UNMASKING`."""
+    entropy_bound: float | None = None
+    """unmasking="entropy_bound": positions commit together while their joint entropy is below this many nats (0.1)."""
+    max_denoising_steps: int | None = None
+    """Cap on the passes over one block; what is still masked in the last one commits then."""
+    editing_threshold: float | None = None
+    """A filled token of the current block is replaced when another reaches this probability. None: never."""
+    max_post_steps: int = 0
+    """Extra passes that only revise, after a block is full."""
+    self_spec_kind: str = "linear"
+    """`linear`: draft, then verify. `quadratic`: verify and draft ahead in one forward."""
+    draft_lora: bool | None = None
+    """Use the checkpoint's draft adapter; None: if there is one."""
+    end_think_token_id: int | None = None
+    """The token of `</think>`, for checkpoints without a tokenizer."""
+
+
+_ONLY_IN: dict[str, tuple[str, ...]] = {
+    "block_length": ("diffusion", "self_spec"),
+    "threshold": ("diffusion", "self_spec"),
+    "unmasking": ("diffusion",),
+    "entropy_bound": ("diffusion",),
+    "max_denoising_steps": ("diffusion",),
+    "editing_threshold": ("diffusion",),
+    "max_post_steps": ("diffusion",),
+    "self_spec_kind": ("self_spec",),
+    "draft_lora": ("diffusion", "self_spec"),
+}
+
+
+def parse_settings(knobs: Mapping[str, Any], defaults: Settings | None = None) -> Settings:
+    """Settings out of keyword arguments, aliases understood, ranges checked. Raises SettingError in one line."""
+    known = {f.name for f in fields(Settings)}
+    values: dict[str, Any] = {}
+    for name, value in knobs.items():
+        own = _KNOB_ALIASES.get(name, name)
+        if own not in known:
+            raise SettingError(f"Unknown knob {name!r}.{nearest(name, known | set(_KNOB_ALIASES))}")
+        if own in values:
+            raise SettingError(f"{own} is given twice (as {name!r} too). Keep one.")
+        values[own] = value
+    _coerce(values)
+    settings = replace(defaults or Settings(), **values)
+    _check_ranges(settings)
+    for name in values:
+        _check_effect(name, settings)
+    return settings
+
+
+def check_for_mode(given: Mapping[str, Any], mode: str) -> None:
+    """Refuses knobs that do nothing in `mode`. `given`: the knobs that the user turned, by any name."""
+    for name in given:
+        own = _KNOB_ALIASES.get(name, name)
+        modes = _ONLY_IN.get(own)
+        if modes is not None and mode not in modes:
+            raise SettingError(
+                f"{own} has no effect in mode {mode!r}; it belongs to {' and '.join(modes)}. Leave it out."
+            )
+
+
+def _coerce(values: dict[str, Any]) -> None:
+    mode = values.get("mode")
+    if isinstance(mode, str):
+        values["mode"] = _MODE_ALIASES.get(mode, mode)
+    policy = values.get("unmasking")
+    if isinstance(policy, str):
+        values["unmasking"] = _UNMASKING_ALIASES.get(policy, policy)
+    if "stop" in values:
+        stop = values["stop"]
+        stop = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(isinstance(s, str) and s for s in stop):
+            raise SettingError(f"stop must be one or more non-empty strings; got {values['stop']!r}.")
+        values["stop"] = stop
+    if values.get("logit_bias") is not None:
+        try:
+            values["logit_bias"] = {int(k): float(v) for k, v in dict(values["logit_bias"]).items()}
+        except (TypeError, ValueError):
+            raise SettingError(f"logit_bias must map token ids to numbers; got {values['logit_bias']!r}.") from None
+
+
+def _check_ranges(s: Settings) -> None:
+    _one_of("mode", s.mode, (*MODES, *_MODE_ALIASES))
+    _one_of("unmasking", s.unmasking, UNMASKING)
+    _one_of("self_spec_kind", s.self_spec_kind, SELF_SPEC_KINDS)
+    _whole("max_new_tokens", s.max_new_tokens, 1)
+    _whole("top_k", s.top_k, 0)
+    _whole("max_post_steps", s.max_post_steps, 0)
+    for name in ("block_length", "max_denoising_steps"):
+        if getattr(s, name) is not None:
+            _whole(name, getattr(s, name), 1, 4096)
+    if s.max_thinking_tokens is not None:
+        _whole("max_thinking_tokens", s.max_thinking_tokens, 0)
+    if s.seed is not None:
+        _whole("seed", s.seed, 0, 2**63 - 1)
+    _number("temperature", s.temperature, 0, 100)
+    _number("top_p", s.top_p, 0, 1, above=True)
+    _number("min_p", s.min_p, 0, 1)
+    _number("repetition_penalty", s.repetition_penalty, 0, 100, above=True)
+    for name in ("threshold", "editing_threshold"):
+        if getattr(s, name) is not None:
+            _number(name, getattr(s, name), 0, 1)
+    if s.entropy_bound is not None:
+        _number("entropy_bound", s.entropy_bound, 0, 1000)
+    for name in ("ignore_eos", "draft_lora"):
+        if not isinstance(getattr(s, name), bool | None):
+            raise SettingError(f"{name} must be true or false; got {getattr(s, name)!r}.")
+    for token, bias in (s.logit_bias or {}).items():
+        if not math.isfinite(bias):
+            raise SettingError(f"logit_bias of token {token} must be finite; got {bias}.")
+
+
+def _check_effect(name: str, s: Settings) -> None:
+    """Knobs that another knob disconnects."""
+    if name == "max_post_steps" and s.max_post_steps > 0 and s.editing_threshold is None:
+        raise SettingError("max_post_steps has no effect without editing_threshold. Set both, or neither.")
+    if name == "entropy_bound" and s.entropy_bound is not None and s.unmasking != "entropy_bound":
+        raise SettingError(
+            f"entropy_bound has no effect with unmasking={s.unmasking!r}. Set unmasking='entropy_bound'."
+        )
+    if name == "threshold" and s.threshold is not None and s.unmasking in ("fixed", "entropy_bound", "random"):
+        raise SettingError(f"threshold has no effect with unmasking={s.unmasking!r}. Leave one of them out.")
+    if name in ("top_p", "top_k", "min_p") and s.temperature == 0 and getattr(s, name) not in (0, 1.0):
+        raise SettingError(f"{name} has no effect at temperature 0. Set a temperature, or leave {name} out.")
+
+
+def _one_of(name: str, value: Any, options: tuple[str, ...]) -> None:
+    if value not in options:
+        hint = nearest(value, options) if isinstance(value, str) else ""
+        raise SettingError(
+            f"{name} must be one of {', '.join(o for o in options if o not in _MODE_ALIASES)}; got {value!r}.{hint}"
+        )
+
+
+def _whole(name: str, value: Any, least: int, most: int = 2**31 - 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise SettingError(f"{name} must be a whole number from {least} to {most:,}; got {value!r}.")
+
+
+def _number(name: str, value: Any, least: float, most: float, *, above: bool = False) -> None:
+    sound = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not sound or not least <= value <= most or (above and value == least):
+        low = f"above {least:g}" if above else f"from {least:g}"
+        raise SettingError(f"{name} must be a number {low} to {most:g}; got {value!r}.")

@@ -1,0 +1,541 @@
+"""The library's face: a loaded checkpoint that generates, streams, fills in and scores.
+
+Each call runs the reference loop over a batch of its own, with a cache allocated for just that batch.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from trimode.checkpoint import open_checkpoint, save_checkpoint
+from trimode.decoding.autoregressive import Autoregressive
+from trimode.decoding.block_diffusion import BlockDiffusion, Infill
+from trimode.decoding.generate import Observer, run_to_end
+from trimode.decoding.interface import Decoder, Generation, Traits
+from trimode.decoding.self_speculation import LinearSelfSpeculation, QuadraticSelfSpeculation
+from trimode.decoding.settings import Settings, check_for_mode, parse_settings
+from trimode.device import pick_device, pick_dtype, set_threads
+from trimode.engine.prompts import check_ids, encode_prompt, is_batch
+from trimode.engine.request import Generated, Infilled, Request, Stats, StreamEvent, make_stats
+from trimode.engine.runner import Runner
+from trimode.errors import ContextLengthError, MissingMaskTokenError, PromptError, SettingError
+from trimode.model.attention import KernelName, SelfAttention
+from trimode.model.cache import KeyValueCache
+from trimode.model.config import ModelConfig
+from trimode.model.lora import Lora
+from trimode.model.transformer import Transformer
+from trimode.model.views import BlockOverCausal, Causal
+from trimode.text.stream import StopMatcher, TextStream
+from trimode.text.tokenizer import Tokenizer
+
+__all__ = ["LanguageModel", "load"]
+
+DEFAULT_SPAN_LENGTH = 16
+_SCORE_ROWS = 128
+"""Rows of logits that scoring holds at once: 128 rows of a 131,072-token vocabulary are 67 MB."""
+
+
+def load(
+    name: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    threads: int | None = None,
+    quantize: str | None = None,
+    attention: KernelName = "sdpa",
+) -> "LanguageModel":
+    """Load a preset, a Hugging Face directory, a GGUF file or a hub id (`owner/name` or `owner/name@revision`).
+
+    dtype: "float32", "bfloat16" or "float16"; None takes the checkpoint's own, float32 for quantised GGUF files.
+    threads: of PyTorch's CPU kernels, for the whole process. Raises CheckpointError or SettingError in one line.
+    """
+    if quantize is not None:
+        raise SettingError(
+            f"quantize={quantize!r} is not available yet. Leave it out; dtype='bfloat16' halves the memory."
+        )
+    if attention not in ("plain", "sdpa", "flex"):
+        raise SettingError(f"attention must be one of plain, sdpa, flex; got {attention!r}.")
+    set_threads(threads)
+    target = pick_device(device)
+    checkpoint = open_checkpoint(name)
+    wanted = pick_dtype(dtype, checkpoint.stored_dtype)
+    transformer = Transformer(checkpoint.config, dtype=wanted)
+    transformer.load(checkpoint.tensors(dtype=wanted, device=target), pack=target.type == "cpu")
+    if checkpoint.gguf_metadata is not None:
+        tokenizer = Tokenizer.from_gguf_metadata(checkpoint.gguf_metadata)
+    else:
+        tokenizer = Tokenizer.from_directory(checkpoint.path)
+    lora = checkpoint.adapter()
+    if lora is not None and target.type != "cpu":
+        lora = Lora({key: (A.to(target), B.to(target)) for key, (A, B) in lora.factors.items()}, lora.scale)
+    return LanguageModel(
+        str(name), transformer.eval(), tokenizer, adapter=lora, dtype=wanted, device=target, attention=attention
+    )
+
+
+@dataclass(slots=True)
+class _Answer:
+    """One generation with what is known of its text and time."""
+
+    generation: Generation
+    mode: str
+    text: "_Text"
+    notice: str | None
+    first_token_s: float | None = None
+    seconds: float | None = None
+
+
+class _Text:
+    """A generation's text as it becomes certain; knows stop strings."""
+
+    def __init__(self, tokenizer: Tokenizer | None, generation: Generation) -> None:
+        self._stream = None if tokenizer is None else TextStream(tokenizer)
+        self._stops = StopMatcher(generation.settings.stop) if generation.settings.stop else None
+        self._pieces: list[str] = []
+        self._taken = 0
+        self._ended = False
+
+    def push(self, token: int) -> bool:
+        """Take one more final token; True if a stop string is now complete."""
+        return self._show(self._stream.push(token) if self._stream is not None else "")
+
+    def _show(self, piece: str) -> bool:
+        stopped = False
+        if self._stops is not None:
+            piece, stopped = self._stops.push(piece)
+        self._pieces.append(piece)
+        return stopped
+
+    def finish(self) -> None:
+        """Let go of what was held back."""
+        if self._ended:
+            return
+        self._ended = True
+        if self._stream is not None:
+            self._show(self._stream.finish())
+        if self._stops is not None:
+            self._pieces.append(self._stops.finish())
+
+    def take(self) -> str:
+        """What became certain since the last call."""
+        new = "".join(self._pieces[self._taken :])
+        self._taken = len(self._pieces)
+        return new
+
+    def whole(self) -> str:
+        return "".join(self._pieces)
+
+
+class LanguageModel:
+    """A checkpoint in memory. Calls share the weights and nothing else."""
+
+    def __init__(
+        self,
+        name: str,
+        transformer: Transformer,
+        tokenizer: Tokenizer | None = None,
+        *,
+        adapter: Lora | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        attention: KernelName = "sdpa",
+    ) -> None:
+        self.name = name
+        self.transformer = transformer
+        self.config: ModelConfig = transformer.config
+        self.tokenizer = tokenizer
+        self.adapter = adapter
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self._attention: KernelName = attention
+        self._decoders: dict[str, Decoder] = {
+            "ar": Autoregressive(),
+            "diffusion": BlockDiffusion(),
+            "linear": LinearSelfSpeculation(),
+            "quadratic": QuadraticSelfSpeculation(),
+            "infill": Infill(),
+        }
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the base model."""
+        return self.config.num_parameters
+
+    def notice(self, mode: str) -> str | None:
+        """One line that a user of this checkpoint in this mode should read, if there is one."""
+        if mode in ("diffusion", "self_spec") and not self.config.trained_for_blocks:
+            poor = "nobody has trained this checkpoint's block view yet, so its drafts are poor: "
+            return poor + (
+                "self_spec is exact all the same, but slow" if mode == "self_spec" else "diffusion's text is noise"
+            )
+        return None
+
+    # ---- generating -------------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt: Any,
+        *,
+        raw: bool = False,
+        template: Mapping[str, Any] | None = None,
+        observe: Observer | None = None,
+        **knobs: Any,
+    ) -> Any:
+        """Answer a prompt (string, chat messages or ids), or each of a list of prompts in one batch.
+
+        raw: strings are not put through the chat template. template: variables for it, such as {"enable_thinking": True}.
+        observe: called with (generation, step, outcome) after each forward. Knobs: see `Settings`.
+        Returns Generated, or a list of them for a list of prompts.
+        """
+        many = is_batch(prompt)
+        answers = [self._answer(p, knobs, raw, template) for p in (prompt if many else [prompt])]
+        start = time.perf_counter()
+        for _ in self._run(answers, start, observe):
+            pass
+        outputs = [self._output(a) for a in answers]
+        return outputs if many else outputs[0]
+
+    def stream(
+        self,
+        prompt: Any,
+        *,
+        raw: bool = False,
+        template: Mapping[str, Any] | None = None,
+        canvas: bool = False,
+        observe: Observer | None = None,
+        **knobs: Any,
+    ) -> Iterator[StreamEvent]:
+        """The same for one prompt, event by event. Final text is never taken back; with `canvas` the tentative block comes too.
+
+        Mistakes are raised here, before the first event. Closing the iterator stops the generation.
+        """
+        if is_batch(prompt):
+            raise PromptError("stream takes one prompt. Use generate for a list of prompts.")
+        answer = self._answer(prompt, knobs, raw, template)
+        return self._stream(answer, canvas, observe)
+
+    def _stream(self, answer: _Answer, canvas: bool, observe: Observer | None) -> Iterator[StreamEvent]:
+        g = answer.generation
+        num_sent = 0
+        last_canvas: list[int] = []
+        for _ in self._run([answer], time.perf_counter(), observe):
+            text = answer.text.take()
+            new = g.new_tokens[num_sent:]
+            num_sent += len(new)
+            if text or new:
+                yield StreamEvent(kind="text", text=text, token_ids=tuple(new))
+            if canvas and g.finish_reason is None and g.canvas != last_canvas:
+                last_canvas = list(g.canvas)
+                yield StreamEvent(kind="canvas", canvas=[self._token_text(t) for t in g.canvas])
+        rest = answer.text.take()
+        yield StreamEvent(kind="finish", text=rest, output=self._output(answer))
+
+    def _run(self, answers: Sequence[_Answer], start: float, observe: Observer | None) -> Iterator[None]:
+        generations = [a.generation for a in answers]
+        of = {id(a.generation): a for a in answers}
+        capacity = max(
+            len(g.prompt) + len(g.canvas) + g.settings.max_new_tokens + g.decoder.num_scratch(g.settings, g.traits)
+            for g in generations
+        )
+        cache = KeyValueCache(self.config, len(generations), capacity, dtype=self.dtype, device=self.device)
+        runner = Runner(self.transformer, cache, lora=self.adapter, kernel=self._attention)
+        runner.seat(generations)
+
+        def is_stopped(g: Generation, token: int) -> bool:
+            return of[id(g)].text.push(token)
+
+        for _ in run_to_end(generations, runner, observe=observe, is_stopped=is_stopped):
+            now = time.perf_counter() - start
+            for answer in answers:
+                if answer.first_token_s is None and answer.generation.num_new:
+                    answer.first_token_s = now
+                if answer.seconds is None and answer.generation.finish_reason is not None:
+                    answer.seconds = now
+                    answer.text.finish()
+            yield
+
+    def _output(self, answer: _Answer) -> Generated:
+        g = answer.generation
+        stats = self._stats(answer)
+        return Generated(
+            text=answer.text.whole(), token_ids=g.new_tokens, finish_reason=g.finish_reason or "cancelled", stats=stats
+        )
+
+    def _stats(self, answer: _Answer) -> Stats:
+        return make_stats(
+            answer.generation,
+            answer.mode,
+            seconds=answer.seconds or 0.0,
+            first=answer.first_token_s,
+            notice=answer.notice,
+        )
+
+    def _token_text(self, token: int) -> str | None:
+        if token == self.config.mask_token_id:
+            return None
+        return str(token) if self.tokenizer is None else self.tokenizer.decode([token])
+
+    # ---- a request's settings ---------------------------------------------------------------------------------------------
+
+    def _answer(self, prompt: Any, knobs: Mapping[str, Any], raw: bool, template: Mapping[str, Any] | None) -> _Answer:
+        if isinstance(prompt, Request):
+            knobs = {**knobs, **prompt.knobs}
+            prompt = prompt.prompt
+        settings, mode = self._settings(knobs)
+        ids = encode_prompt(prompt, self.tokenizer, self.config, raw=raw, variables=template)
+        settings = self._fit(len(ids), settings, "max_new_tokens" in knobs)
+        decoder = self._decoders[settings.self_spec_kind if mode == "self_spec" else mode]
+        return self._begin(ids, settings, mode, decoder)
+
+    def _begin(self, ids: tuple[int, ...], settings: Settings, mode: str, decoder: Decoder) -> _Answer:
+        random = torch.Generator()
+        if settings.seed is None:
+            random.seed()
+        else:
+            random.manual_seed(settings.seed)
+        generation = Generation(
+            prompt=ids, settings=settings, traits=self._traits(settings), random=random, decoder=decoder
+        )
+        return _Answer(generation, mode, _Text(self.tokenizer, generation), self.notice(mode))
+
+    def _settings(self, knobs: Mapping[str, Any]) -> tuple[Settings, str]:
+        """Checked settings, and the mode that `auto` stands for."""
+        settings = parse_settings(knobs)
+        mode = settings.mode
+        if mode == "auto":
+            mode = "self_spec" if self.config.trained_for_blocks and self.config.mask_token_id is not None else "ar"
+        check_for_mode(knobs, mode)
+        if mode in ("diffusion", "self_spec") and self.config.mask_token_id is None:
+            raise MissingMaskTokenError(
+                f"{self.name} names no mask token, so it can only decode mode='ar'. "
+                "Convert it first, or set mask_token_id under 'trimode' in its config.json."
+            )
+        if settings.draft_lora is not None:
+            if self.adapter is None and settings.draft_lora:
+                raise SettingError(f"draft_lora=True, but {self.name} has no draft adapter. Leave it out.")
+            if mode == "diffusion" and self.config.adapter_acts_on == "draft":
+                raise SettingError(
+                    "draft_lora has no effect in mode 'diffusion': this adapter only drafts for self_spec."
+                )
+        if settings.stop and self.tokenizer is None:
+            raise SettingError(f"stop needs a tokenizer, and {self.name} has none.")
+        for token in settings.logit_bias or {}:
+            if not 0 <= token < self.config.vocab_size:
+                raise SettingError(
+                    f"logit_bias names id {token}, outside the vocabulary of {self.config.vocab_size:,} ids."
+                )
+        return self._with_end_of_thinking(settings), mode
+
+    def _with_end_of_thinking(self, settings: Settings) -> Settings:
+        if settings.max_thinking_tokens is None:
+            return settings
+        token = settings.end_think_token_id
+        if token is None and self.tokenizer is not None:
+            token = self.tokenizer.token_to_id("</think>")
+        if token is None:
+            raise SettingError(
+                f"max_thinking_tokens has no effect: {self.name} has no </think> token. Give end_think_token_id, or leave it out."
+            )
+        if not 0 <= token < self.config.vocab_size:
+            raise SettingError(
+                f"end_think_token_id {token} is outside the vocabulary of {self.config.vocab_size:,} ids."
+            )
+        return replace(settings, end_think_token_id=token)
+
+    def _fit(self, num_prompt: int, settings: Settings, asked: bool) -> Settings:
+        room = self.config.max_positions - num_prompt
+        if room < 1:
+            raise ContextLengthError(
+                f"The prompt has {num_prompt:,} tokens; the context holds {self.config.max_positions:,}, answer included. Shorten it."
+            )
+        if settings.max_new_tokens <= room:
+            return settings
+        if asked:
+            raise ContextLengthError(
+                f"max_new_tokens={settings.max_new_tokens:,} after a prompt of {num_prompt:,} tokens exceeds the context of "
+                f"{self.config.max_positions:,}. Use at most {room:,}."
+            )
+        return replace(settings, max_new_tokens=room)
+
+    def _traits(self, settings: Settings) -> Traits:
+        config = self.config
+        use = self.adapter is not None and settings.draft_lora is not False
+        on_draft = "none" if not use else "masks" if config.adapter_acts_on == "masks" else "all"
+        return Traits(
+            mask_token_id=-1 if config.mask_token_id is None else config.mask_token_id,
+            eos_token_ids=frozenset(config.eos_token_ids),
+            block_length=config.block_length,
+            known_tokens_are_causal=config.known_tokens_are_causal,
+            adapter_on_draft=on_draft,
+            adapter_on_denoise="masks" if use and config.adapter_acts_on == "masks" else "none",
+        )
+
+    # ---- filling in -------------------------------------------------------------------------------------------------------
+
+    def infill(
+        self,
+        text: str | Sequence[Any],
+        *,
+        span_length: int | Sequence[int] = DEFAULT_SPAN_LENGTH,
+        placeholder: str = "{}",
+        observe: Observer | None = None,
+        **knobs: Any,
+    ) -> Infilled:
+        """Fill the masked spans of a text, seeing what stands on both sides of them.
+
+        text: a string with `placeholder` where a span is missing; or a list of the fixed texts between spans; or a list of ids
+        with None for each masked place. span_length: tokens of each span, one number or one a span. Text is never templated.
+        The knobs are those of mode "diffusion".
+        """
+        if self.config.mask_token_id is None:
+            raise MissingMaskTokenError(f"{self.name} names no mask token, so it cannot fill in. Convert it first.")
+        if "max_new_tokens" in knobs or "block_length" in knobs:
+            raise SettingError("infill has no max_new_tokens or block_length. Set span_length.")
+        ids, fixed_run = self._masked_ids(text, span_length, placeholder)
+        settings, _ = self._settings({**knobs, "mode": "diffusion"})
+        if settings.stop:
+            raise SettingError("stop has no effect in infill. Leave it out.")
+        prompt, canvas = ids[:fixed_run], ids[fixed_run:]
+        settings = replace(settings, max_new_tokens=len(canvas), ignore_eos=True, max_thinking_tokens=None)
+        if len(ids) > self.config.max_positions:
+            raise ContextLengthError(
+                f"Text and spans have {len(ids):,} tokens; the context holds {self.config.max_positions:,}. Shorten them."
+            )
+        answer = self._begin(tuple(prompt), settings, "diffusion", self._decoders["infill"])
+        answer.generation.canvas = list(canvas)
+        for _ in self._run([answer], time.perf_counter(), observe):
+            pass
+        return self._infilled(answer, text, ids)
+
+    def _masked_ids(
+        self, text: str | Sequence[Any], span_length: int | Sequence[int], placeholder: str
+    ) -> tuple[list[int], int]:
+        """Ids with the mask at each missing place, and how many fixed ones lead."""
+        mask = self.config.mask_token_id
+        assert mask is not None
+        if isinstance(text, str):
+            if not placeholder or placeholder not in text:
+                raise PromptError(f"The text has no {placeholder!r} to fill. Put it where a span is missing.")
+            text = text.split(placeholder)
+        if len(text) == 0:
+            raise PromptError("There is nothing to fill in: the text is empty.")
+        if all(isinstance(part, str) for part in text):
+            if self.tokenizer is None:
+                raise PromptError("This checkpoint has no tokenizer. Give ids, with None for each masked place.")
+            num_spans = len(text) - 1
+            if num_spans < 1:
+                raise PromptError("A list of fixed texts needs at least two, with a span between them.")
+            lengths = [span_length] * num_spans if isinstance(span_length, int) else list(span_length)
+            if len(lengths) != num_spans:
+                raise SettingError(f"span_length gives {len(lengths)} lengths for {num_spans} spans.")
+            for length in lengths:
+                if isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= 4096:
+                    raise SettingError(f"span_length must be whole numbers from 1 to 4,096; got {length!r}.")
+            ids: list[int] = self.tokenizer.encode(text[0]) if text[0] else []
+            for length, part in zip(lengths, text[1:], strict=True):
+                ids += [mask] * length + (self.tokenizer.encode(part) if part else [])
+        else:
+            known = check_ids([mask if part is None else part for part in text], self.config)
+            ids = list(known)
+        if mask not in ids:
+            raise PromptError("There is nothing to fill in: no place is masked.")
+        lead = ids.index(mask)
+        if lead == 0:
+            start = self.config.bos_token_id
+            if start is None:
+                raise PromptError(
+                    "The text starts with a span, and this checkpoint has no token that begins a text. Lead with text."
+                )
+            ids, lead = [start, *ids], 1
+        return ids, lead
+
+    def _infilled(self, answer: _Answer, text: str | Sequence[Any], ids: list[int]) -> Infilled:
+        g = answer.generation
+        mask = self.config.mask_token_id
+        whole = g.final
+        runs: list[list[int]] = []
+        for i, (asked, token) in enumerate(zip(ids, whole, strict=True)):
+            if asked == mask:
+                if i == 0 or ids[i - 1] != mask:
+                    runs.append([])
+                runs[-1].append(token)
+        if self.tokenizer is None:
+            return Infilled(text="", spans=[], token_ids=whole, stats=self._stats(answer))
+        return Infilled(
+            text=self.tokenizer.decode(whole),
+            spans=[self.tokenizer.decode(run) for run in runs],
+            token_ids=whole,
+            stats=self._stats(answer),
+        )
+
+    # ---- looking at the model ---------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def score(self, text: str | Sequence[int]) -> float:
+        """Exact autoregressive log-likelihood in nats of a text (never templated) or of ids, given its first token."""
+        ids = encode_prompt(text, self.tokenizer, self.config, raw=True)
+        if len(ids) < 2:
+            raise PromptError("A score needs at least two tokens: the first is given, the others are scored.")
+        if len(ids) > self.config.max_positions:
+            raise ContextLengthError(
+                f"The text has {len(ids):,} tokens; the context holds {self.config.max_positions:,}."
+            )
+        hidden = self._hidden(ids, Causal())
+        total = 0.0
+        for start in range(0, len(ids) - 1, _SCORE_ROWS):
+            stop = min(start + _SCORE_ROWS, len(ids) - 1)
+            logprobs = self.transformer.logits(hidden[start:stop]).float().log_softmax(dim=-1)
+            targets = torch.tensor(ids[start + 1 : stop + 1], device=self.device)
+            total += float(logprobs.gather(-1, targets[:, None]).double().sum())
+        return total
+
+    @torch.no_grad()
+    def logits(
+        self,
+        ids: Sequence[int],
+        *,
+        view: Literal["causal", "block"] = "causal",
+        prefix: int = 0,
+        draft_lora: bool = False,
+    ) -> Tensor:
+        """Raw logits of one forward over ids, for checks: float32 [T, V] on the CPU, row j as the model gives it.
+
+        view "block": the first `prefix` ids are the causal, cached prefix; the others see it and one another.
+        draft_lora: the draft adapter acts on the block (or on its masks, for converted models).
+        """
+        known = encode_prompt(list(ids), self.tokenizer, self.config)
+        if view not in ("causal", "block"):
+            raise SettingError(f"view must be 'causal' or 'block'; got {view!r}.")
+        if view == "causal" and (prefix or draft_lora):
+            raise SettingError("prefix and draft_lora have no effect with view='causal'. Leave them out.")
+        if not 0 <= prefix <= len(known):
+            raise SettingError(f"prefix must be from 0 to the {len(known)} ids given; got {prefix}.")
+        rows = None
+        if draft_lora:
+            if self.adapter is None:
+                raise SettingError(f"draft_lora=True, but {self.name} has no draft adapter. Leave it out.")
+            only_masks = self.config.adapter_acts_on == "masks"
+            rows = [i for i in range(prefix, len(known)) if not only_masks or known[i] == self.config.mask_token_id]
+        hidden = self._hidden(known, Causal() if view == "causal" else BlockOverCausal(prefix), rows)
+        return self.transformer.logits(hidden).float().cpu()
+
+    def _hidden(self, ids: Sequence[int], view: Causal | BlockOverCausal, adapted: list[int] | None = None) -> Tensor:
+        attend = SelfAttention(view, 1, len(ids), self._attention, self.device)
+        return self.transformer(
+            torch.tensor(ids, device=self.device),
+            torch.arange(len(ids), device=self.device),
+            attend,
+            lora=None if adapted is None else self.adapter,
+            lora_rows=None if adapted is None else torch.tensor(adapted, dtype=torch.long, device=self.device),
+        )
+
+    def save(self, directory: str | Path) -> None:
+        """Write a Hugging Face directory: config, safetensors, adapter and tokenizer. Refuses one that holds files."""
+        save_checkpoint(directory, self.config, self.transformer.dense_tensors(), adapter=self.adapter)
+        if self.tokenizer is not None:
+            self.tokenizer.save(directory)

@@ -1,0 +1,69 @@
+"""Every exception that trimode raises on purpose.
+
+A user's mistake raises a `TrimodeError`; the command line turns it into one line and exit code 2. Each class is also the
+built-in exception that a caller would expect (ValueError, LookupError or RuntimeError), so plain `except ValueError` works too.
+The message says the fault, the value and the remedy.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "ChatTemplateError",
+    "CheckpointError",
+    "CheckpointNotFoundError",
+    "ContextLengthError",
+    "EngineContractError",
+    "MissingMaskTokenError",
+    "PromptError",
+    "SettingError",
+    "TrimodeError",
+    "UnsupportedModelError",
+    "nearest",
+]
+
+
+class TrimodeError(Exception):
+    """Base of all errors that trimode raises on purpose."""
+
+
+class SettingError(TrimodeError, ValueError):
+    """A knob is unknown, out of range, or without effect in the chosen mode."""
+
+
+class PromptError(TrimodeError, ValueError):
+    """A prompt is empty, of the wrong type, or holds ids outside the vocabulary."""
+
+
+class ContextLengthError(PromptError):
+    """Prompt and answer together do not fit the model's context."""
+
+
+class CheckpointError(TrimodeError, ValueError):
+    """A checkpoint's files are damaged, incomplete or contradictory."""
+
+
+class CheckpointNotFoundError(CheckpointError, LookupError):
+    """Nothing that can be loaded lies at the given place."""
+
+
+class UnsupportedModelError(CheckpointError):
+    """The checkpoint is sound, but of an architecture that trimode does not run."""
+
+
+class MissingMaskTokenError(TrimodeError, LookupError):
+    """A decoder that needs masks was asked of a checkpoint that names no mask token."""
+
+
+class ChatTemplateError(TrimodeError, RuntimeError):
+    """The checkpoint's chat template could not render these messages."""
+
+
+class EngineContractError(TrimodeError, RuntimeError):
+    """A decoder broke one of the engine's contract lines: a bug in trimode or in a decoder of yours, not in the input."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint ` Did you mean 'x'?` for the known name closest to `name`, or the empty string."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {found[0]!r}?" if found else ""

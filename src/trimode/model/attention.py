@@ -1,0 +1,172 @@
+"""Attention of a ragged batch over a cache, and over itself in training: one contract, three kernels.
+
+A kernel maps queries [B, H, T, K], keys and values [B, G, S, K] and a visibility (booleans [B or 1, T, S], or None where every
+query sees every key) to [B, H, T, K]; query head h reads key-value head h // (H / G). `plain` is the formula written out and the
+oracle of the others; `sdpa` is PyTorch's fused kernel; `flex` is FlexAttention, which skips blocks of a sparse view on a GPU.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from trimode.model.cache import KeyValueCache
+from trimode.model.views import Causal, View, visible_matrix
+
+__all__ = ["KERNELS", "Attend", "CachedAttention", "Kernel", "KernelName", "SelfAttention", "Span"]
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+KernelName = Literal["plain", "sdpa", "flex"]
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, q [N, H, K], k [N, G, K], v [N, G, K]) -> [N, H, K]: what a transformer layer calls."""
+
+
+def plain(
+    q: Float[Tensor, "B H T K"],
+    k: Float[Tensor, "B G S K"],
+    v: Float[Tensor, "B G S K"],
+    visible: Bool[Tensor, "b T S"] | None,
+) -> Float[Tensor, "B H T K"]:
+    """softmax(q k' / sqrt(K)) v, with the softmax in float32."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
+    if visible is not None:
+        scores = scores.masked_fill(~visible[:, None], float("-inf"))
+    return scores.softmax(dim=-1).to(v.dtype) @ v
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+    """PyTorch's fused attention. The query heads of a group are laid out as more queries of one head, so that keys and values
+    are read once a group and never repeated in memory."""
+    B, H, T, K = q.shape
+    G = k.shape[1]
+    grouped = q.reshape(B, G, H // G * T, K)
+    mask = None if visible is None else visible.repeat(1, H // G, 1)[:, None]
+    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(B, H, T, K)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+    """FlexAttention over a dense visibility."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    block_mask = None
+    if visible is not None:
+        table = visible.expand(q.shape[0], -1, -1)
+        block_mask = create_block_mask(
+            lambda b, h, i, j: table[b, i, j], q.shape[0], None, q.shape[2], k.shape[2], device=str(q.device)
+        )
+    out = flex_attention(q.contiguous(), k.contiguous(), v.contiguous(), block_mask=block_mask, enable_gqa=True)
+    assert isinstance(out, Tensor)
+    return out
+
+
+KERNELS: dict[KernelName, Kernel] = {"plain": plain, "sdpa": sdpa, "flex": flex}
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One row of a forward: which of the packed inputs are its own, and where they go."""
+
+    start: int
+    """Index of its first input among the packed inputs."""
+    length: int
+    """Number of its inputs T."""
+    slot: int
+    """Its place in the cache."""
+    cached: int
+    """Its cursor: positions of the slot that every input sees."""
+    view: View
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Rows that one kernel call serves: neighbours of equal length in neighbouring slots."""
+
+    first: Span
+    num_rows: int
+    num_keys: int
+    visible: Tensor | None
+    is_prefill: bool
+
+
+class CachedAttention:
+    """Attention of one forward's rows over a cache. The plan and its masks are made once and serve all layers."""
+
+    def __init__(
+        self, spans: Sequence[Span], cache: KeyValueCache, kernel: KernelName, device: torch.device | str
+    ) -> None:
+        self._cache = cache
+        self._kernel = KERNELS[kernel]
+        self._fused = kernel == "sdpa"
+        self._groups = [_group(rows, device) for rows in _neighbours(spans)]
+        positions = [s.slot * cache.capacity + s.cached + i for s in spans for i in range(s.length)]
+        self._flat_positions = torch.tensor(positions, dtype=torch.long, device=device)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self._cache.write(layer, self._flat_positions, k, v)
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        parts = []
+        for g in self._groups:
+            n, T = g.num_rows, g.first.length
+            queries = q[g.first.start : g.first.start + n * T].unflatten(0, (n, T)).transpose(1, 2)
+            slots = slice(g.first.slot, g.first.slot + n)
+            over = keys[slots, : g.num_keys].transpose(1, 2)
+            values_over = values[slots, : g.num_keys].transpose(1, 2)
+            if g.is_prefill and self._fused:
+                # a long prompt: the fused causal kernel needs no T x T mask in memory
+                out = F.scaled_dot_product_attention(queries, over, values_over, is_causal=True, enable_gqa=True)
+            else:
+                out = self._kernel(queries, over, values_over, g.visible)
+            parts.append(out.transpose(1, 2).flatten(0, 1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _neighbours(spans: Sequence[Span]) -> list[list[Span]]:
+    groups: list[list[Span]] = []
+    for span in spans:
+        last = groups[-1][-1] if groups else None
+        if last is not None and last.length == span.length and last.slot + 1 == span.slot:
+            groups[-1].append(span)
+        else:
+            groups.append([span])
+    return groups
+
+
+def _group(rows: list[Span], device: torch.device | str) -> _Group:
+    T = rows[0].length
+    num_keys = max(s.cached for s in rows) + T
+    is_prefill = T > 1 and all(s.cached == 0 and isinstance(s.view, Causal) for s in rows)
+    visible = None
+    if not is_prefill or T <= 256:
+        matrices = [_over_prefix(s, num_keys, device) for s in rows]
+        visible = torch.stack(matrices)
+        if bool(visible.all()):
+            visible = None
+    return _Group(rows[0], len(rows), num_keys, visible, is_prefill and T > 256)
+
+
+def _over_prefix(span: Span, num_keys: int, device: torch.device | str) -> Tensor:
+    """Visibility [T, S] of one row: the cached prefix for all, the view for its own inputs, nothing beyond."""
+    visible = torch.zeros(span.length, num_keys, dtype=torch.bool, device=device)
+    visible[:, : span.cached] = True
+    visible[:, span.cached : span.cached + span.length] = visible_matrix(span.view, span.length, device)
+    return visible
+
+
+class SelfAttention:
+    """Attention of whole sequences over themselves, without a cache: training, likelihood, checks."""
+
+    def __init__(self, view: View, num_rows: int, length: int, kernel: KernelName, device: torch.device | str) -> None:
+        self._shape = (num_rows, length)
+        self._kernel = KERNELS[kernel]
+        self._visible = visible_matrix(view, length, device)[None]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(0, self._shape).transpose(1, 2) for x in (q, k, v))
+        return self._kernel(q, k, v, self._visible).transpose(1, 2).flatten(0, 1)

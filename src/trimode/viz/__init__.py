@@ -1,0 +1,1 @@
+"""What a person looks at, made from plain data; nothing in here knows a model."""

@@ -1,0 +1,196 @@
+"""Renderables for the terminal: the filling block, the line of statistics, the tables.
+
+Pure functions from plain data (strings, numbers, dicts) to rich's objects. They print nothing and import no model;
+colours say only what the words say too, so that nothing is lost in a pipe.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.cells import cell_len
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+__all__ = [
+    "canvas_view",
+    "demo_table",
+    "harmless",
+    "info_table",
+    "readable_bytes",
+    "settled",
+    "stats_line",
+    "totals_line",
+]
+
+MASK = "░"
+"""Stands for one token that is still masked."""
+
+
+def harmless(text: str) -> str:
+    """`text` with the control characters that could command a terminal replaced; line breaks and tabs stay."""
+    return "".join(
+        character if character in "\n\t" or not _is_control(character) else "\N{REPLACEMENT CHARACTER}"
+        for character in text
+    )
+
+
+def canvas_view(tail: str, canvas: Sequence[str | None] | None) -> Text:
+    """The line being written: committed text plain, tentative tokens coloured, masks as dim blocks.
+
+    `canvas` holds the tentative block's tokens as texts, None where a mask is still standing; None: no block is open.
+    """
+    view = Text(tail)
+    for token in canvas or ():
+        if token is None:
+            view.append(MASK, style="dim")
+        else:
+            # A line break that may yet be taken back must not move the screen.
+            view.append(harmless(token).replace("\n", "⏎"), style="cyan")
+    return view
+
+
+def settled(text: str, width: int) -> tuple[list[str], str]:
+    """Split committed text into lines that will not change any more and the last line, which may still grow.
+
+    A line break ends a line. A line that becomes wider than `width` columns ends at its last space, if it has one.
+    """
+    lines = [piece for line in text.split("\n") for piece in _wrapped(line, width)]
+    return lines[:-1], lines[-1]
+
+
+def stats_line(stats: Mapping[str, Any], finish_reason: str | None = None) -> Text:
+    """One line: what an answer cost. `stats` is `Stats.as_dict()`."""
+    parts = [
+        str(stats["mode"]),
+        f"{stats['tokens']} tokens",
+        f"{stats['seconds']:.2f} s",
+        f"{stats['tokens_per_second']:.1f} tokens/s",
+        f"{stats['nfe_prefill']} + {stats['nfe_decode']} forwards",
+        f"{stats['decode_tpf']:.2f} tokens/forward",
+    ]
+    if stats.get("acceptance_length") is not None:
+        parts.append(f"{stats['acceptance_length']:.2f} a round")
+    if stats.get("revised"):
+        parts.append(f"{stats['revised']} revised")
+    if finish_reason == "length":
+        parts.append("cut at the limit")
+    return Text(" · ".join(parts), style="dim")
+
+
+def totals_line(runs: Sequence[Mapping[str, Any]]) -> Text:
+    """One line: what several answers cost together."""
+    tokens = sum(run["tokens"] for run in runs)
+    forwards = sum(run["nfe_prefill"] + run["nfe_decode"] for run in runs)
+    seconds = sum(run["seconds"] for run in runs)
+    answers = "1 answer" if len(runs) == 1 else f"{len(runs)} answers"
+    parts = [answers, f"{tokens} tokens", f"{seconds:.2f} s", f"{forwards} forwards"]
+    if seconds > 0:
+        parts.insert(3, f"{tokens / seconds:.1f} tokens/s")
+    return Text(" · ".join(parts), style="dim")
+
+
+def demo_table(runs: Sequence[Mapping[str, Any]]) -> Table:
+    """One row a mode: what the same answer cost in each. Each run is `Stats.as_dict()`."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    table.add_column("mode")
+    for name in ("tokens", "forwards", "tokens/forward", "seconds", "tokens/s"):
+        table.add_column(name, justify="right")
+    for run in runs:
+        table.add_row(
+            str(run["mode"]),
+            str(run["tokens"]),
+            f"{run['nfe_prefill']} + {run['nfe_decode']}",
+            f"{run['decode_tpf']:.2f}",
+            f"{run['seconds']:.2f}",
+            f"{run['tokens_per_second']:.1f}",
+        )
+    return table
+
+
+def info_table(facts: Mapping[str, Any], machine: Mapping[str, int | None]) -> RenderableType:
+    """What a checkpoint is and what running it takes.
+
+    `facts` is `checkpoint.describe()` with `runs_here` (dtype -> verdict) added; `machine` has `memory_bytes` and
+    `available_bytes`, None where the system does not say.
+    """
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    count = _grouped
+
+    table.add_row("path", Text(str(facts["path"])))
+    table.add_row("family", Text(str(facts["family"])))
+    table.add_row("parameters", count(facts["parameters"]))
+    table.add_row("weights", f"{readable_bytes(facts['weight_bytes'])}, {facts['dtype']}")
+    shape = f"{count(facts['layers'])} layers · width {count(facts['width'])} · {count(facts['heads'])} heads"
+    table.add_row("shape", f"{shape} · vocabulary {count(facts['vocab_size'])}")
+    table.add_row("context", f"{count(facts['context'])} tokens")
+    table.add_row("modes", ", ".join(facts["modes"]))
+    table.add_row("blocks", _blocks(facts))
+    table.add_row("adapter", _adapter(facts["adapter"]))
+    for number, (dtype, needed) in enumerate(facts["memory_bytes"].items()):
+        verdict = facts["runs_here"].get(dtype, "")
+        style = {"runs here": "green", "does not fit here": "red"}.get(verdict, "yellow")
+        row = Text.assemble(f"{dtype:<9} {readable_bytes(needed):>9}  ", (verdict, style))
+        table.add_row("memory" if number == 0 else "", row)
+    if machine["memory_bytes"] is not None:
+        has = readable_bytes(machine["memory_bytes"])
+        free = machine["available_bytes"]
+        table.add_row("here", has if free is None else f"{has}, {readable_bytes(free)} of it free")
+    return Group(Text(str(facts["name"]), style="bold"), table)
+
+
+def readable_bytes(number: int) -> str:
+    """A size as people write it: 98.2 MB. Decimal units, three digits."""
+    size = float(number)
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 999.5 or unit == "TB":
+            break
+        size /= 1000
+    digits = 0 if size >= 99.95 or unit == "B" else 1 if size >= 9.995 else 2
+    return f"{size:.{digits}f} {unit}"
+
+
+def _wrapped(line: str, width: int) -> list[str]:
+    """`line` in pieces of at most `width` columns. What stands before the last piece does not depend on what follows."""
+    pieces: list[str] = []
+    while cell_len(line) > width:
+        fits = 0
+        columns = 0
+        for character in line:
+            columns += cell_len(character)
+            if columns > width:
+                break
+            fits += 1
+        space = line.rfind(" ", 1, fits + 1)
+        cut = space + 1 if space > 0 else max(fits, 1)
+        pieces.append(line[:cut].rstrip(" "))
+        line = line[cut:]
+    return [*pieces, line]
+
+
+def _blocks(facts: Mapping[str, Any]) -> str:
+    if facts["mask_token_id"] is None:
+        return "none: the checkpoint names no mask token"
+    trained = "trained" if facts["trained_for_blocks"] else "not trained: drafts are poor, self_spec stays exact"
+    position = {"self": "their own position", "next": "the next position"}.get(facts["block_predicts"], "?")
+    return f"{_grouped(facts['block_length'])} tokens predicting {position} · mask {facts['mask_token_id']} · {trained}"
+
+
+def _adapter(adapter: Any) -> str:
+    if not adapter:
+        return "none"
+    if isinstance(adapter, Mapping):
+        return ", ".join(f"{key} {value}" for key, value in adapter.items())
+    return str(adapter)
+
+
+def _grouped(number: Any) -> str:
+    return f"{number:,}" if isinstance(number, int) else str(number)
+
+
+def _is_control(character: str) -> bool:
+    code = ord(character)
+    return code < 0x20 or 0x7F <= code < 0xA0

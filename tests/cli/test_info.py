@@ -1,0 +1,95 @@
+"""`trimode info`: a table for people, JSON for programs, from headers alone."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from trimode.cli import info as info_command
+from trimode.errors import CheckpointNotFoundError
+
+FACTS = {
+    "name": "smollm2-135m",
+    "path": "/models/smollm2.gguf",
+    "family": "llama",
+    "parameters": 134_515_008,
+    "dtype": "Q4_1",
+    "weight_bytes": 98_223_104,
+    "layers": 30,
+    "width": 576,
+    "heads": 9,
+    "vocab_size": 49_152,
+    "context": 8192,
+    "mask_token_id": 3,
+    "block_length": 32,
+    "block_predicts": "self",
+    "modes": ["ar", "diffusion", "self_spec"],
+    "trained_for_blocks": False,
+    "adapter": None,
+    "memory_bytes": {"float32": 600_000_000, "bfloat16": 300_000_000},
+}
+
+
+@pytest.fixture
+def describe(monkeypatch):
+    facts = dict(FACTS)
+
+    def open_checkpoint(name):
+        if name == "missing":
+            raise CheckpointNotFoundError("Nothing lies at 'missing'. Give a preset, a directory or a GGUF file.")
+        return name
+
+    module = SimpleNamespace(open_checkpoint=open_checkpoint, describe=lambda checkpoint: facts)
+    monkeypatch.setitem(sys.modules, "trimode.checkpoint", module)
+    monkeypatch.setattr(info_command, "memory_bytes", lambda: 500_000_000)
+    monkeypatch.setattr(info_command, "available_bytes", lambda: 400_000_000)
+    return facts
+
+
+def test_the_table_tells_sizes_modes_and_what_would_run_here(cli, describe):
+    ended = cli("info", "smollm2-135m")
+    assert (ended.status, ended.stderr) == (0, "")
+    for told in ("134,515,008", "98.2 MB, Q4_1", "30 layers", "8,192 tokens", "ar, diffusion, self_spec"):
+        assert told in ended.stdout
+    rows = [" ".join(line.split()) for line in ended.stdout.splitlines()]
+    assert "memory float32 600 MB does not fit here" in rows
+    assert "bfloat16 300 MB runs here" in rows
+    assert "here 500 MB, 400 MB of it free" in rows
+
+
+def test_json_is_the_description_and_the_verdict(cli, describe):
+    record = json.loads(cli("info", "smollm2-135m", "--json").stdout)
+    assert record["parameters"] == 134_515_008
+    assert record["runs_here"] == {"float32": "does not fit here", "bfloat16": "runs here"}
+
+
+def test_a_checkpoint_without_a_mask_token_says_that_it_has_no_blocks(cli, describe):
+    describe.update(mask_token_id=None, modes=["ar"], block_length=None, block_predicts=None)
+    assert "names no mask token" in cli("info", "x").stdout
+
+
+def test_a_missing_path_is_one_line(cli, describe):
+    ended = cli("info", "missing")
+    assert (ended.status, ended.stdout) == (2, "")
+    assert ended.stderr == "trimode: Nothing lies at 'missing'. Give a preset, a directory or a GGUF file.\n"
+
+
+@pytest.mark.parametrize(
+    ("needed", "memory", "free", "told"),
+    [
+        (5, 10, 6, "runs here"),
+        (8, 10, 6, "would run here with more memory free"),
+        (11, 10, 6, "does not fit here"),
+        (8, 10, None, "runs here"),
+        (8, None, None, ""),
+    ],
+)
+def test_the_verdict(needed, memory, free, told):
+    assert info_command.verdict(needed, memory_bytes=memory, available_bytes=free) == told
+
+
+def test_this_machine_has_memory_and_some_of_it_is_free():
+    has, free = info_command.memory_bytes(), info_command.available_bytes()
+    assert has is None or has > 0
+    assert free is None or has is None or 0 <= free <= has

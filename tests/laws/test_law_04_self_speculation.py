@@ -1,0 +1,170 @@
+"""Law 4: greedy self-speculation equals greedy autoregression, and sampled self-speculation has its distribution."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.worlds import EOS, random_lora, tiny_config, tiny_model
+from trimode.engine.request import Request
+
+KINDS = ("linear", "quadratic")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 5),
+    prompt=st.lists(st.integers(0, 39), min_size=1, max_size=12),
+    kind=st.sampled_from(KINDS),
+    block_length=st.integers(1, 9),
+    max_new_tokens=st.integers(1, 24),
+    threshold=st.sampled_from([None, 0.3, 0.9]),
+    predicts=st.sampled_from(["self", "next"]),
+    causal_anchor=st.booleans(),
+    adapter=st.sampled_from([None, "draft", "masks"]),
+    penalty=st.sampled_from([1.0, 1.3]),
+    budget=st.sampled_from([None, 0, 3]),
+)
+def test_greedy_self_speculation_equals_greedy_autoregression(
+    seed, prompt, kind, block_length, max_new_tokens, threshold, predicts, causal_anchor, adapter, penalty, budget
+):
+    lora = None if adapter is None else random_lora(tiny_config())
+    model = tiny_model(
+        seed,
+        lora=lora,
+        block_predicts=predicts,
+        known_tokens_are_causal=causal_anchor,
+        adapter_acts_on=adapter or "draft",
+    )
+    common = {"max_new_tokens": max_new_tokens, "repetition_penalty": penalty}
+    if budget is not None:
+        common |= {"max_thinking_tokens": budget, "end_think_token_id": 7}
+    knobs = {"self_spec_kind": kind, "block_length": block_length}
+    if threshold is not None and kind == "linear":
+        knobs["threshold"] = threshold
+    expected = model.generate(prompt, mode="ar", **common)
+    actual = model.generate(prompt, mode="self_spec", **knobs, **common)
+    assert actual.token_ids == expected.token_ids
+    assert actual.finish_reason == expected.finish_reason
+    assert actual.stats.tokens == len(actual.token_ids)
+    if budget is not None and len(actual.token_ids) > budget and EOS not in actual.token_ids:
+        assert 7 in actual.token_ids[: budget + 1]
+
+
+def chi_square(counts: Counter, probabilities: dict, total: int) -> tuple[float, int]:
+    """The statistic and its degrees of freedom, rare outcomes pooled."""
+    statistic, cells, rest_expected, rest_seen = 0.0, 0, 0.0, 0
+    for outcome, probability in probabilities.items():
+        expected = probability * total
+        if expected < 8:
+            rest_expected += expected
+            rest_seen += counts[outcome]
+        else:
+            statistic += (counts[outcome] - expected) ** 2 / expected
+            cells += 1
+    if rest_expected > 0:
+        statistic += (rest_seen - rest_expected) ** 2 / rest_expected
+        cells += 1
+    return statistic, cells - 1
+
+
+def enumerate_autoregression(model, prompt, length, temperature, top_k=0, top_p=1.0):
+    """Every text of `length` tokens with its exact probability, from the logits alone."""
+    from trimode.decoding.sampling import truncated_distribution
+    from trimode.decoding.settings import Settings
+
+    knobs = Settings(temperature=temperature, top_k=top_k, top_p=top_p)
+    texts = {(): 1.0}
+    for _ in range(length):
+        longer = {}
+        for text, probability in texts.items():
+            logits = model.logits([*prompt, *text])[-1:]
+            logits[:, model.config.mask_token_id] = float("-inf")
+            p = truncated_distribution(logits, knobs)[0]
+            for token in p.nonzero().flatten().tolist():
+                longer[(*text, token)] = probability * float(p[token])
+        texts = longer
+    return texts
+
+
+@pytest.mark.parametrize(
+    ("kind", "truncation", "threshold"),
+    [
+        ("linear", {}, None),
+        ("linear", {"top_k": 3}, None),
+        ("linear", {"top_p": 0.8}, None),
+        ("linear", {}, 0.5),
+        ("quadratic", {}, None),
+        ("quadratic", {"top_k": 3}, None),
+    ],
+)
+def test_sampled_self_speculation_has_the_autoregressive_distribution(kind, truncation, threshold):
+    # six tokens, texts of three: 150 outcomes at most. False alarm: the statistic exceeds the bound with probability below 1e-5
+    # (normal approximation at 4.3 standard deviations plus its skew); the seeds are fixed, so it either always passes or never.
+    model = tiny_model(3, vocab_size=6, eos_token_ids=(), weight_scale=0.25, block_length=3)
+    prompt, length, temperature = [1, 4], 3, 1.0
+    exact = enumerate_autoregression(model, prompt, length, temperature, **truncation)
+    assert math.isclose(sum(exact.values()), 1.0, abs_tol=1e-6)
+    total = 4000
+    knobs = {"threshold": threshold} if threshold is not None else {}
+    requests = [Request(prompt, seed=seed) for seed in range(total)]
+    counts: Counter = Counter()
+    accepted = rounds = 0
+    for start in range(0, total, 500):
+        outs = model.generate(
+            requests[start : start + 500],
+            mode="self_spec",
+            self_spec_kind=kind,
+            max_new_tokens=length,
+            temperature=temperature,
+            **truncation,
+            **knobs,
+        )
+        counts.update(tuple(out.token_ids) for out in outs)
+        accepted += sum(out.stats.tokens for out in outs)
+        rounds += sum(out.stats.nfe_decode for out in outs)
+    statistic, freedom = chi_square(counts, exact, total)
+    bound = freedom + 4.3 * math.sqrt(2 * freedom) + 10
+    assert statistic < bound, (statistic, freedom)
+    assert set(counts) <= set(exact)
+
+
+def test_the_chi_square_test_notices_a_sampler_that_accepts_every_draft():
+    model = tiny_model(3, vocab_size=6, eos_token_ids=(), weight_scale=0.25, block_length=3)
+    exact = enumerate_autoregression(model, [1, 4], 3, 1.0)
+    outs = model.generate(
+        [Request([1, 4], seed=s) for s in range(1000)],
+        mode="diffusion",
+        threshold=0.0,
+        temperature=1.0,
+        max_new_tokens=3,
+        ignore_eos=True,
+    )
+    counts = Counter(tuple(out.token_ids) for out in outs)
+    statistic, freedom = chi_square(counts, exact, 1000)
+    assert statistic > freedom + 4.3 * math.sqrt(2 * freedom) + 10
+
+
+def test_rejection_sampling_accepts_with_probability_p_over_q():
+    from trimode.decoding.sampling import verify
+
+    model = tiny_model(0, vocab_size=5)
+    answer = model._answer([1], {"mode": "self_spec", "temperature": 1.0, "seed": 0}, True, None)
+    g = answer.generation
+    p = torch.tensor([0.5, 0.3, 0.2 - 1e-9, 1e-9, 1e-9])
+    q = torch.tensor([0.1, 0.6, 0.3 - 1e-9, 1e-9, 1e-9], dtype=torch.float64)
+    firsts: Counter = Counter()
+    num_accepted = 0
+    total = 6000
+    for _ in range(total):
+        draft = int(torch.multinomial(q, 1, generator=g.random))
+        tokens = verify([draft], q[None], torch.stack([p.log(), p.log()]), g)
+        firsts[tokens[0]] += 1
+        num_accepted += len(tokens) == 2
+    # sum of min(p, q) = 0.1 + 0.3 + 0.2; three standard deviations of 6,000 coin throws are 0.019
+    assert abs(num_accepted / total - 0.6) < 0.02
+    for token in range(3):
+        assert abs(firsts[token] / total - float(p[token])) < 0.02

@@ -1,0 +1,116 @@
+"""Law 7: an adapter merged = unmerged; off = the base bit for bit; drafts differ with it on and off; clean rows never notice it."""
+
+import pytest
+import torch
+
+from tests.worlds import MASK, random_lora, random_tensors, tiny_config, tiny_model
+from trimode.model.attention import SelfAttention
+from trimode.model.lora import ADAPTED_PARTS
+from trimode.model.transformer import Transformer
+from trimode.model.views import BlockOverCausal, Causal
+
+CONFIG = tiny_config()
+IDS = [5, 6, 7, 8, MASK, MASK, MASK]
+
+
+def forward(model, rows, lora, view=None):
+    with torch.inference_mode():
+        attend = SelfAttention(view or BlockOverCausal(4), 1, len(IDS), "sdpa", "cpu")
+        rows = None if rows is None else torch.tensor(rows, dtype=torch.long)
+        return model(torch.tensor(IDS), torch.arange(len(IDS)), attend, lora=lora, lora_rows=rows)
+
+
+def merged(lora):
+    """Weights with scale * B A added to every part."""
+    config = CONFIG
+    K, H, G = config.head_size, config.num_heads, config.num_kv_heads
+    tensors = dict(random_tensors(config))
+    rows = {
+        "query": ("qkv", slice(0, H * K)),
+        "key": ("qkv", slice(H * K, (H + G) * K)),
+        "value": ("qkv", slice((H + G) * K, None)),
+        "output": ("output", slice(None)),
+        "gate": ("gate_up", slice(0, config.mlp_width)),
+        "up": ("gate_up", slice(config.mlp_width, None)),
+        "down": ("down", slice(None)),
+    }
+    for (layer, part), (A, B) in lora.factors.items():
+        name, where = rows[part]
+        tensors[f"layers.{layer}.{name}.weight"][where] += lora.scale * B @ A
+    model = Transformer(config)
+    model.load(tensors.items())
+    return model
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("parts", [("output",), ADAPTED_PARTS])
+def test_an_adapter_on_all_rows_equals_merged_weights(parts, pack):
+    lora = random_lora(CONFIG, parts)
+    model = Transformer(CONFIG)
+    model.load(random_tensors(CONFIG), pack=pack)
+    torch.testing.assert_close(
+        forward(model, range(len(IDS)), lora), forward(merged(lora), None, None), atol=2e-5, rtol=1e-4
+    )
+
+
+def test_an_adapter_on_no_rows_is_the_base_bit_for_bit():
+    model = Transformer(CONFIG)
+    model.load(random_tensors(CONFIG))
+    lora = random_lora(CONFIG, ADAPTED_PARTS)
+    assert torch.equal(forward(model, [], lora), forward(model, None, None))
+
+
+def test_causal_rows_before_a_block_are_the_base_bit_for_bit_while_the_block_is_adapted():
+    model = Transformer(CONFIG)
+    model.load(random_tensors(CONFIG))
+    adapted = forward(model, [4, 5, 6], random_lora(CONFIG, ADAPTED_PARTS))
+    base = forward(model, None, None)
+    assert torch.equal(adapted[:4], base[:4])
+    assert not torch.allclose(adapted[4:], base[4:], atol=1e-2)
+
+
+def test_unpacked_and_packed_weights_agree_and_a_packed_row_does_not_depend_on_its_neighbours():
+    plain, packed = Transformer(CONFIG), Transformer(CONFIG)
+    plain.load(random_tensors(CONFIG), pack=False)
+    packed.load(random_tensors(CONFIG), pack=True)
+    torch.testing.assert_close(forward(plain, None, None, Causal()), forward(packed, None, None, Causal()), atol=1e-5, rtol=1e-4)
+    linear = packed.layers[0].gate_up
+    x = torch.randn(33, CONFIG.width, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        together = linear(x)
+        for n in (1, 2, 7, 32):
+            assert torch.equal(linear(x[:n]), together[:n])
+
+
+def test_drafts_differ_with_the_adapter_on_and_off_and_the_answer_does_not():
+    lora = random_lora(CONFIG, scale=20.0)
+    model = tiny_model(lora=lora)
+    ids = [5, 6, 7, 8, MASK, MASK, MASK]
+    on = model.logits(ids, view="block", prefix=3, draft_lora=True)
+    off = model.logits(ids, view="block", prefix=3)
+    assert torch.equal(on[:3], off[:3])
+    assert not torch.allclose(on[3:], off[3:], atol=1e-2)
+    drafts = {}
+    answers = {}
+    for use in (True, False):
+        canvases = []
+        answers[use] = model.generate(
+            [5, 6, 7],
+            mode="self_spec",
+            draft_lora=use,
+            max_new_tokens=24,
+            observe=lambda g, step, outcome, seen=canvases: seen.append(list(g.canvas)) if step.kind == "draft" else None,
+        )
+        drafts[use] = canvases
+    assert answers[True].token_ids == answers[False].token_ids
+    assert drafts[True] != drafts[False]
+
+
+def test_dense_tensors_are_what_was_loaded_packed_or_not():
+    tensors = dict(random_tensors(CONFIG))
+    for pack in (False, True):
+        model = Transformer(CONFIG)
+        model.load(((name, tensor.clone()) for name, tensor in tensors.items()), pack=pack)
+        assert {name: True for name, _ in model.dense_tensors()} == dict.fromkeys(tensors, True)
+        for name, tensor in model.dense_tensors():
+            assert torch.equal(tensor, tensors[name]), name

@@ -1,0 +1,85 @@
+"""Tiny worlds: random models small enough to be run thousands of times."""
+
+import torch
+
+from trimode.model.config import ModelConfig, RopeConfig
+from trimode.model.lora import Lora
+from trimode.model.transformer import Transformer
+
+MASK = 3
+EOS = 2
+
+
+def tiny_config(**changes) -> ModelConfig:
+    """Two layers, grouped queries, 40 tokens."""
+    values = dict(
+        family="nemotron_labs_diffusion",
+        vocab_size=40,
+        width=32,
+        mlp_width=48,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_size=8,
+        rope=RopeConfig(theta=10_000.0),
+        max_positions=512,
+        eos_token_ids=(EOS,),
+        bos_token_id=1,
+        mask_token_id=MASK,
+        block_length=4,
+        trained_for_blocks=True,
+    )
+    return ModelConfig(**{**values, **changes})
+
+
+def random_tensors(config: ModelConfig, seed: int = 0, scale: float = 0.35) -> list[tuple[str, torch.Tensor]]:
+    """Weights large enough that arg-maxima are far from ties."""
+    random = torch.Generator().manual_seed(seed)
+    skeleton = Transformer(config)
+    tensors = []
+    for name, parameter in skeleton.named_parameters():
+        tensor = torch.randn(parameter.shape, generator=random) * scale
+        if "norm" in name:
+            tensor = 1 + 0.2 * tensor
+        tensors.append((name, tensor))
+    return tensors
+
+
+def random_transformer(config: ModelConfig, seed: int = 0, *, pack: bool = True, scale: float = 0.35) -> Transformer:
+    """A model with random weights."""
+    transformer = Transformer(config)
+    transformer.load(random_tensors(config, seed, scale), pack=pack)
+    return transformer.eval()
+
+
+def random_lora(config: ModelConfig, parts=("output",), rank: int = 3, seed: int = 1, scale: float = 2.0) -> Lora:
+    """An adapter that changes things."""
+    random = torch.Generator().manual_seed(seed)
+    D, K, H, G = config.width, config.head_size, config.num_heads, config.num_kv_heads
+    sizes = {
+        "query": (D, H * K),
+        "key": (D, G * K),
+        "value": (D, G * K),
+        "output": (H * K, D),
+        "gate": (D, config.mlp_width),
+        "up": (D, config.mlp_width),
+        "down": (config.mlp_width, D),
+    }
+    factors = {}
+    for layer in range(config.num_layers):
+        for part in parts:
+            inputs, outputs = sizes[part]
+            factors[layer, part] = (
+                torch.randn(rank, inputs, generator=random) * 0.2,
+                torch.randn(outputs, rank, generator=random) * 0.2,
+            )
+    return Lora(factors, scale)
+
+
+def tiny_model(seed: int = 0, *, lora: Lora | None = None, attention="sdpa", weight_scale: float = 0.35, **changes):
+    """A LanguageModel without a tokenizer."""
+    from trimode.engine.language_model import LanguageModel
+
+    config = tiny_config(**changes)
+    transformer = random_transformer(config, seed, scale=weight_scale)
+    return LanguageModel("tiny", transformer, adapter=lora, attention=attention)
