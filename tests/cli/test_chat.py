@@ -32,7 +32,7 @@ def test_the_history_grows_by_question_and_answer(talk, model):
 def test_every_answer_is_followed_by_its_statistics(talk, model):
     assert talk("one").stderr.startswith("ar · 10 tokens")
     assert talk("one", options=["--no-stats"]).stderr == ""
-    assert talk("/stats off", "one").stderr == ""
+    assert talk("/stats off", "one").stderr == "statistics off\n"
 
 
 def test_mode_changes_for_the_next_answer_and_tells_its_notice(talk, model):

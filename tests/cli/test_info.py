@@ -1,4 +1,4 @@
-"""`trimode info`: a table for people, JSON for programs, from headers alone."""
+"""`trimode info`: a page for people, JSON for programs, from headers alone."""
 
 import json
 import sys
@@ -47,14 +47,14 @@ def describe(monkeypatch):
     return facts
 
 
-def test_the_table_tells_sizes_modes_and_what_would_run_here(cli, describe):
+def test_the_page_tells_sizes_modes_and_what_would_run_here(cli, describe):
     ended = cli("info", "smollm2-135m")
     assert (ended.status, ended.stderr) == (0, "")
     for told in ("134,515,008", "98.2 MB, Q4_1", "30 layers", "8,192 tokens", "ar, diffusion, self_spec"):
         assert told in ended.stdout
     rows = [" ".join(line.split()) for line in ended.stdout.splitlines()]
-    assert "memory float32 600 MB does not fit here" in rows
-    assert "bfloat16 300 MB runs here" in rows
+    assert "memory 600 MB in float32 does not fit here" in rows
+    assert "300 MB in bfloat16 runs here" in rows
     assert "here 500 MB, 400 MB of it free" in rows
 
 
@@ -67,6 +67,13 @@ def test_json_is_the_description_and_the_verdict(cli, describe):
 def test_a_checkpoint_without_a_mask_token_says_that_it_has_no_blocks(cli, describe):
     describe.update(mask_token_id=None, modes=["ar"], block_length=None, block_predicts=None)
     assert "names no mask token" in cli("info", "x").stdout
+
+
+def test_an_adapter_is_told_by_its_size_and_place(cli, describe):
+    describe.update(adapter={"rank": 64, "parts": ["o_proj"], "parameters": 1_234_567}, trained_for_blocks=True)
+    rows = [" ".join(line.split()) for line in cli("info", "x").stdout.splitlines()]
+    assert "adapter rank 64 · 1,234,567 parameters · o_proj" in rows
+    assert "trained yes" in rows
 
 
 def test_a_missing_path_is_one_line(cli, describe):

@@ -1,5 +1,6 @@
 """The program as a process of its own: quick help, Ctrl-C, pipes, and the way in."""
 
+import io
 import os
 import signal
 import statistics
@@ -91,8 +92,9 @@ def test_ctrl_c_in_a_chat_stops_the_answer_and_the_chat_goes_on():
     assert errors == "stopped\nmode auto\n"
 
 
-def test_a_reader_that_goes_away_ends_the_program_quietly():
-    with spawn("generate", "Why?", pause_s=0.2) as process:
+@pytest.mark.parametrize("arguments", [["generate", "Why?"], ["demo"]])
+def test_a_reader_that_goes_away_ends_the_program_quietly(arguments):
+    with spawn(*arguments, pause_s=0.2) as process:
         process.stdout.read(3)
         process.stdout.close()
         errors = process.stderr.read()
@@ -122,6 +124,38 @@ def test_a_terminal_without_unicode_gets_question_marks():
     )
     assert ended.returncode == 0
     assert ended.stderr.startswith("ar ? 10 tokens")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["generate", "hi", "--model"], ["chat", "--model"], ["demo", "--model"], ["info"], ["info", "--json"]],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("kind", ["missing", "empty", "text"])
+def test_a_path_that_holds_no_checkpoint_is_one_line(capfd, tmp_path, monkeypatch, arguments, kind):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    path = tmp_path / kind
+    if kind == "empty":
+        path.mkdir()
+    elif kind == "text":
+        path.write_text("not a checkpoint")
+    assert run([*arguments, str(path)]) == 2
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("trimode: ")
+    assert printed.err.count("\n") == 1
+    assert str(path) in printed.err
+
+
+def test_info_imports_no_torch(tmp_path):
+    code = (
+        "import sys; from trimode.cli.app import run; run(['info', sys.argv[1]]);"
+        "heavy = {'torch', 'transformers'} & set(sys.modules); sys.exit(str(heavy) if heavy else 0)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stderr.count("\n")) == (0, 1)
 
 
 def test_no_arguments_show_the_help_page(capsys):

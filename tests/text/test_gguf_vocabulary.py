@@ -210,6 +210,16 @@ def test_control_tokens_are_special_and_user_defined_tokens_are_found_but_shown(
     assert tokenizer.vocab_size == 259
 
 
+@pytest.mark.parametrize(("pre", "whole"), [("llama-bpe", True), ("tekken", True), ("gpt-2", False), ("qwen2", False)])
+def test_a_word_that_is_a_token_is_taken_whole_where_the_family_says_so(bytes_metadata, pre, whole):
+    # "ba" is a token, but no merge leads to it.
+    bytes_metadata["tokenizer.ggml.tokens"][258] = "ba"
+    bytes_metadata["tokenizer.ggml.token_type"][258] = 1
+    tokenizer = Tokenizer.from_gguf_metadata(bytes_metadata | {"tokenizer.ggml.pre": pre})
+    assert (tokenizer.encode("ba") == [258]) == whole
+    assert tokenizer.decode(tokenizer.encode("ba")) == "ba"
+
+
 def test_metadata_names_special_tokens_and_chat_templates(bytes_metadata):
     tokenizer = Tokenizer.from_gguf_metadata(
         bytes_metadata | {"tokenizer.chat_template": "plain", "tokenizer.chat_template.tool_use": "tools"}
@@ -317,11 +327,19 @@ def test_merges_derived_from_scores_are_those_of_transformers(sentencepiece_meta
     assert [tuple(merge) for merge in model["merges"]] == expected
 
 
-def test_a_control_token_is_not_made_from_its_letters(sentencepiece):
-    # "<", "s" and ">" are pieces; written out with blanks between them they stay apart, together they are the token.
-    assert sentencepiece.encode("<s>") == [1]
-    assert 1 not in sentencepiece.encode("< s>")
-    assert sentencepiece.special_ids == {0, 1, 2}
+def test_control_tokens_are_found_in_text_but_the_spelling_of_a_byte_token_is_only_text(sentencepiece_metadata):
+    # Pieces that lead up to "<0x41>": merging the last two would smuggle in the byte token for "A".
+    steps = ["x", "4", "1", "<0", "<0x", "<0x4", "<0x41"]
+    grown = {"tokens": steps, "token_type": [1] * len(steps), "scores": [-100.0 - n for n in range(len(steps))]}
+    grown = {f"tokenizer.ggml.{key}": values for key, values in grown.items()}
+    tokenizer = Tokenizer.from_gguf_metadata(
+        sentencepiece_metadata | {key: sentencepiece_metadata[key] + values for key, values in grown.items()}
+    )
+    assert tokenizer.special_ids == {0, 1, 2}
+    assert tokenizer.encode("<s>") == [1]
+    ids = tokenizer.encode("<0x41>")
+    assert [tokenizer.id_to_token(token_id) for token_id in ids] == ["▁", "<0x41", ">"]
+    assert tokenizer.decode(ids) == "<0x41>"
 
 
 def test_sentencepiece_text_starts_with_bos_and_without_a_blank(sentencepiece):

@@ -30,8 +30,8 @@ __all__ = ["chat"]
 
 COMMANDS = {
     "/mode": ("/mode [MODE]", f"show or choose the mode: {', '.join(MODES)}"),
-    "/set": ("/set [KNOB VALUE]", "show the knobs, or set one; the value default takes it back"),
-    "/stats": ("/stats [on|off]", "what the conversation has cost so far, or the line after each answer"),
+    "/set": ("/set [KNOB VALUE]", "show the knobs or set one; the value default takes it back"),
+    "/stats": ("/stats [on|off]", "what the chat has cost; on, off: the line after each answer"),
     "/canvas": ("/canvas on|off", "show the block that is being filled"),
     "/system": ("/system [TEXT]", "set the system message, or drop it; starts a new conversation"),
     "/clear": ("/clear", "start a new conversation"),
@@ -203,6 +203,7 @@ class Conversation:
     def tell_stats(self, word: str) -> None:
         if word:
             self.stats_after_each = parse_switch("/stats", word)
+            screen.say(f"statistics {word}")
         elif self.costs:
             screen.say(terminal.totals_line(self.costs))
         else:
@@ -213,6 +214,7 @@ class Conversation:
         if switch:
             screen.refuse_hidden_canvas()
         self.canvas = switch
+        screen.say(f"canvas {word or 'on'}")
 
     def set_system(self, text: str) -> None:
         self.system = text or None

@@ -3,7 +3,6 @@
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from trimode.cli import screen
@@ -38,7 +37,7 @@ def demo(
     # Whatever is set up on first use (threads, buffers) is no mode's cost.
     runner.generate(prompt, mode="ar", max_new_tokens=2)
 
-    console = Console(highlight=False, emoji=False, markup=False)
+    console = screen.answers_console()
     if not json:
         console.print(screen.title(runner), soft_wrap=True)
         console.print(Text(f"> {prompt}"), soft_wrap=True)
@@ -66,6 +65,7 @@ def demo(
         return
     console.print()
     console.print(terminal.demo_table([outputs[mode].stats.as_dict() for mode in MODES]))
+    console.print()
     console.print(Text(equality(same, str(runner.dtype).removeprefix("torch."))), soft_wrap=True)
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from trimode.cli import screen
 from trimode.cli.options import Json
@@ -30,8 +29,8 @@ def info(
     if json:
         screen.print_json({**facts, "machine": machine, "runs_here": verdicts})
     else:
-        console = Console(highlight=False, emoji=False, markup=False)
-        console.print(terminal.info_table({**facts, "runs_here": verdicts}, machine))
+        page = terminal.info_page({**facts, "runs_here": verdicts}, machine)
+        screen.answers_console().print(page, soft_wrap=True)
 
 
 def verdict(needed: int, *, memory_bytes: int | None, available_bytes: int | None) -> str:

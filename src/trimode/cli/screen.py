@@ -19,7 +19,18 @@ from trimode.cli.options import whole_number
 from trimode.errors import SettingError
 from trimode.viz import terminal
 
-__all__ = ["Shown", "as_record", "errors_console", "load", "print_json", "refuse_hidden_canvas", "say", "show", "title"]
+__all__ = [
+    "Shown",
+    "answers_console",
+    "as_record",
+    "errors_console",
+    "load",
+    "print_json",
+    "refuse_hidden_canvas",
+    "say",
+    "show",
+    "title",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +43,24 @@ class Shown:
     """The library's `Generated`; None when Ctrl-C stopped the answer."""
 
 
+class _Console(Console):
+    """rich's console, which shows text as it stands, and leaves a reader that went away to `app.run`."""
+
+    def __init__(self, *, stderr: bool) -> None:
+        super().__init__(stderr=stderr, highlight=False, emoji=False, markup=False)
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+def answers_console() -> Console:
+    """A console on standard output (made anew: whoever redirects a stream expects to be heard)."""
+    return _Console(stderr=False)
+
+
 def errors_console() -> Console:
-    """rich's console on standard error (made anew: whoever redirects stderr expects to be heard)."""
-    return Console(stderr=True, highlight=False, emoji=False, markup=False)
+    """A console on standard error."""
+    return _Console(stderr=True)
 
 
 def say(message: str | Text) -> None:
@@ -78,7 +104,7 @@ def show(events: Any, *, canvas: bool = False, ids_only: bool = False) -> Shown:
                     pieces.append(piece)
                     screen.write(piece)
                 if event.kind == "canvas":
-                    screen.draw(event.canvas)
+                    screen.draw([t and f",{t}" for t in event.canvas] if ids_only else event.canvas)
                 elif event.kind == "finish":  # it may bring the last of the text
                     output = event.output
     except KeyboardInterrupt:
@@ -135,7 +161,7 @@ class _CanvasScreen:
     """Finished lines scroll away as usual; the line being written and the canvas behind it are redrawn below them."""
 
     def __init__(self) -> None:
-        self.console = Console(highlight=False, emoji=False, markup=False)
+        self.console = answers_console()
         # transient: when the answer ends, the live line makes way for the same line as plain text.
         self.live = Live(console=self.console, auto_refresh=False, transient=True)
         self.tail = ""

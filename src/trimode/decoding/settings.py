@@ -146,6 +146,8 @@ def _check_ranges(s: Settings) -> None:
             _whole(name, getattr(s, name), 1, 4096)
     if s.max_thinking_tokens is not None:
         _whole("max_thinking_tokens", s.max_thinking_tokens, 0)
+    if s.end_think_token_id is not None:
+        _whole("end_think_token_id", s.end_think_token_id, 0)
     if s.seed is not None:
         _whole("seed", s.seed, 0, 2**63 - 1)
     _number("temperature", s.temperature, 0, 100)

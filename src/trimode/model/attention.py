@@ -42,13 +42,22 @@ def plain(
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-    """PyTorch's fused attention. The query heads of a group are laid out as more queries of one head, so that keys and values
-    are read once a group and never repeated in memory."""
+    """PyTorch's fused attention."""
+    mask = None if visible is None else _grouped_mask(visible, q.shape[1] // k.shape[1], q.dtype)
+    return _grouped_sdpa(q, k, v, mask)
+
+
+def _grouped_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    # the query heads of a group become more queries of one head: keys and values are read once and never repeated in memory
     B, H, T, K = q.shape
     G = k.shape[1]
     grouped = q.reshape(B, G, H // G * T, K)
-    mask = None if visible is None else visible.repeat(1, H // G, 1)[:, None]
     return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(B, H, T, K)
+
+
+def _grouped_mask(visible: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
+    return mask.repeat(1, num_heads, 1)[:, None]
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
@@ -84,7 +93,7 @@ class Span:
     view: View
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Group:
     """Rows that one kernel call serves: neighbours of equal length in neighbouring slots."""
 
@@ -93,6 +102,8 @@ class _Group:
     num_keys: int
     visible: Tensor | None
     is_prefill: bool
+    mask: Tensor | None = None
+    """`visible` as the fused kernel takes it, made at its first layer."""
 
 
 class CachedAttention:
@@ -121,6 +132,10 @@ class CachedAttention:
             if g.is_prefill and self._fused:
                 # a long prompt: the fused causal kernel needs no T x T mask in memory
                 out = F.scaled_dot_product_attention(queries, over, values_over, is_causal=True, enable_gqa=True)
+            elif self._fused:
+                if g.visible is not None and g.mask is None:
+                    g.mask = _grouped_mask(g.visible, q.shape[1] // k.shape[1], q.dtype)
+                out = _grouped_sdpa(queries, over, values_over, g.mask)
             else:
                 out = self._kernel(queries, over, values_over, g.visible)
             parts.append(out.transpose(1, 2).flatten(0, 1))

