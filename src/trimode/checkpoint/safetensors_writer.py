@@ -54,7 +54,7 @@ class ShardWriter:
         step = max(1, _CHUNK_ROWS_BYTES // max(1, rows.shape[1] * rows.element_size()))
         for first in range(0, rows.shape[0], step):
             chunk = rows[first : first + step].cpu().contiguous()
-            self.num_bytes += self._file.write(memoryview(chunk.view(-1).view(torch.uint8).numpy()))
+            self.num_bytes += self._file.write(chunk.view(-1).view(torch.uint8).numpy().data)
         self._entries[name] = {"dtype": encoding, "shape": list(tensor.shape), "data_offsets": [start, self.num_bytes]}
 
     def close(self) -> None:

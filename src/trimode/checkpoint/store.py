@@ -101,7 +101,7 @@ def open_checkpoint(name: str | Path) -> Checkpoint:
         return _open_preset(name)
     path = Path(name).expanduser()
     try:
-        exists = path.exists()
+        exists = typed != "" and path.exists()
     except (OSError, ValueError):  # too long for a path, or with a null byte: then it is none
         exists = False
     if not exists:

@@ -64,7 +64,7 @@ class StoredTensor:
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.offset)
             if not pairs and out.device.type == "cpu" and out.dtype == _torch_dtype(self.encoding):
-                self._fill(file, memoryview(out.view(-1).view(torch.uint8).numpy()))
+                self._fill(file, out.view(-1).view(torch.uint8).numpy().data)
                 return
             buffer = bytearray(min(step, rows) * row_bytes)
             for start in range(0, rows, step):
