@@ -8,7 +8,10 @@ import tests.checker  # noqa: F401  the hook looks it up by name
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # decoding.settings checks what users give by itself, with better words
-CHECKED = ["trimode.model", *(f"trimode.decoding.{m}" for m in ("sampling", "unmasking", "block_diffusion", "self_speculation"))]
+CHECKED = [
+    "trimode.model",
+    *(f"trimode.decoding.{m}" for m in ("sampling", "unmasking", "block_diffusion", "self_speculation")),
+]
 _hook = install_import_hook(CHECKED, "tests.checker.check")
 
 import pytest  # noqa: E402

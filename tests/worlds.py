@@ -12,23 +12,23 @@ EOS = 2
 
 def tiny_config(**changes) -> ModelConfig:
     """Two layers, grouped queries, 40 tokens."""
-    values = dict(
-        family="nemotron_labs_diffusion",
-        vocab_size=40,
-        width=32,
-        mlp_width=48,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_size=8,
-        rope=RopeConfig(theta=10_000.0),
-        max_positions=512,
-        eos_token_ids=(EOS,),
-        bos_token_id=1,
-        mask_token_id=MASK,
-        block_length=4,
-        trained_for_blocks=True,
-    )
+    values = {
+        "family": "nemotron_labs_diffusion",
+        "vocab_size": 40,
+        "width": 32,
+        "mlp_width": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_size": 8,
+        "rope": RopeConfig(theta=10_000.0),
+        "max_positions": 512,
+        "eos_token_ids": (EOS,),
+        "bos_token_id": 1,
+        "mask_token_id": MASK,
+        "block_length": 4,
+        "trained_for_blocks": True,
+    }
     return ModelConfig(**{**values, **changes})
 
 

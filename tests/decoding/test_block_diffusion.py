@@ -1,5 +1,7 @@
 """Block diffusion: policies, revision, early stops, limits, thinking budgets, infilling."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,14 +15,14 @@ MODEL = tiny_model(2)
 
 def candidates(rows, **changes):
     p = torch.tensor(rows)
-    values = dict(
-        confidence=p.amax(-1),
-        probabilities=p,
-        quota=2,
-        threshold=0.9,
-        entropy_bound=0.5,
-        random=torch.Generator().manual_seed(0),
-    )
+    values = {
+        "confidence": p.amax(-1),
+        "probabilities": p,
+        "quota": 2,
+        "threshold": 0.9,
+        "entropy_bound": 0.5,
+        "random": torch.Generator().manual_seed(0),
+    }
     return Candidates(**{**values, **changes})
 
 
@@ -68,7 +70,10 @@ def test_a_threshold_is_compared_in_the_models_dtype():
     # 0.9 rounds to 0.8984375 in bfloat16, so a confidence of 0.8984375 passes there
     confidence = torch.tensor([0.99, 0.8984375], dtype=torch.bfloat16)
     assert POLICIES["threshold"](candidates([[0.99, 0.01], [0.9, 0.1]], confidence=confidence)).tolist() == [True, True]
-    assert POLICIES["threshold"](candidates([[0.99, 0.01], [0.9, 0.1]], confidence=confidence.float())).tolist() == [True, False]
+    assert POLICIES["threshold"](candidates([[0.99, 0.01], [0.9, 0.1]], confidence=confidence.float())).tolist() == [
+        True,
+        False,
+    ]
 
 
 @given(st.integers(1, 64), st.integers(1, 64))
@@ -85,7 +90,9 @@ def test_quotas_of_a_schedule_add_up(num_masked, num_steps):
     cap=st.none() | st.integers(1, 4),
     predicts=st.sampled_from(["self", "next"]),
 )
-def test_any_length_is_answered_without_masks_and_within_the_cap(prompt, policy, block_length, max_new_tokens, cap, predicts):
+def test_any_length_is_answered_without_masks_and_within_the_cap(
+    prompt, policy, block_length, max_new_tokens, cap, predicts
+):
     model = tiny_model(2, block_predicts=predicts)
     steps = []
     out = model.generate(
@@ -118,10 +125,10 @@ def test_a_shorter_limit_gives_a_prefix_of_the_longer_answer():
         assert shorter.token_ids == longer.token_ids[:n]
 
 
-
-
 def test_revision_replaces_tokens_of_the_current_block_and_says_how_many():
-    plain = MODEL.generate([5, 6, 7], mode="diffusion", block_length=8, threshold=0.2, max_new_tokens=32, ignore_eos=True)
+    plain = MODEL.generate(
+        [5, 6, 7], mode="diffusion", block_length=8, threshold=0.2, max_new_tokens=32, ignore_eos=True
+    )
     assert plain.stats.revised == 0
     seen = []
     revising = MODEL.generate(
@@ -163,7 +170,7 @@ def test_committed_blocks_are_never_revised():
         ignore_eos=True,
         observe=lambda g, step, outcome: finals.append(list(g.final)),
     )
-    for earlier, later in zip(finals, finals[1:], strict=False):
+    for earlier, later in itertools.pairwise(finals):
         assert later[: len(earlier)] == earlier
 
 

@@ -75,7 +75,13 @@ def test_a_sound_decoder_runs_to_its_token_limit():
             outcome=Outcome(committed=(8, 9), kept=4),
         ),
     ],
-    ids=["skips a final token", "asks for nothing", "keeps block keys", "keeps more than there is", "keeps a rejected draft"],
+    ids=[
+        "skips a final token",
+        "asks for nothing",
+        "keeps block keys",
+        "keeps more than there is",
+        "keeps a rejected draft",
+    ],
 )
 def test_a_decoder_that_breaks_the_contract_is_stopped(wrong):
     with pytest.raises(EngineContractError):

@@ -32,7 +32,11 @@ def test_ids_may_come_as_tuples_and_tensors(make):
 def test_the_counts_add_up(mode):
     kinds = []
     out = MODEL.generate(
-        [5, 6, 7], mode=mode, max_new_tokens=17, ignore_eos=True, observe=lambda g, step, outcome: kinds.append(step.kind)
+        [5, 6, 7],
+        mode=mode,
+        max_new_tokens=17,
+        ignore_eos=True,
+        observe=lambda g, step, outcome: kinds.append(step.kind),
     )
     stats = out.stats
     assert stats.mode == mode
@@ -44,7 +48,15 @@ def test_the_counts_add_up(mode):
     assert stats.e2e_tpf == 17 / (stats.nfe_decode + 1)
     assert (stats.acceptance_length is not None) == (mode == "self_spec")
     assert 0 < stats.first_token_seconds <= stats.seconds
-    assert set(stats.as_dict()) >= {"mode", "tokens", "nfe_prefill", "nfe_decode", "decode_tpf", "e2e_tpf", "tokens_per_second"}
+    assert set(stats.as_dict()) >= {
+        "mode",
+        "tokens",
+        "nfe_prefill",
+        "nfe_decode",
+        "decode_tpf",
+        "e2e_tpf",
+        "tokens_per_second",
+    }
 
 
 def test_the_token_that_ends_the_text_is_in_the_ids_and_ends_them():
@@ -99,7 +111,9 @@ def test_repetition_penalty_and_bias_do_what_they_say():
     plain = MODEL.generate([5], mode="ar", max_new_tokens=30, ignore_eos=True).token_ids
     penalised = MODEL.generate([5], mode="ar", max_new_tokens=30, ignore_eos=True, repetition_penalty=5.0).token_ids
     assert len(set(penalised)) > len(set(plain))
-    assert set(MODEL.generate([5], mode="ar", max_new_tokens=5, ignore_eos=True, logit_bias={17: 100.0}).token_ids) == {17}
+    assert set(MODEL.generate([5], mode="ar", max_new_tokens=5, ignore_eos=True, logit_bias={17: 100.0}).token_ids) == {
+        17
+    }
 
 
 def test_the_mask_never_wins_even_if_the_model_wants_it():
@@ -107,7 +121,12 @@ def test_the_mask_never_wins_even_if_the_model_wants_it():
     for mode in ("ar", "diffusion", "self_spec"):
         for temperature in (0.0, 1.5):
             out = MODEL.generate(
-                [5], mode=mode, max_new_tokens=20, ignore_eos=True, logit_bias={config.mask_token_id: 100.0}, temperature=temperature
+                [5],
+                mode=mode,
+                max_new_tokens=20,
+                ignore_eos=True,
+                logit_bias={config.mask_token_id: 100.0},
+                temperature=temperature,
             )
             assert config.mask_token_id not in out.token_ids
 
@@ -224,7 +243,11 @@ def test_a_draft_adapter_that_only_drafts_is_refused_for_diffusion():
 
 def test_requests_share_nothing():
     """A generation in one mode leaves nothing behind that changes the next in another."""
-    before = [MODEL.generate([5, 6], mode=mode, max_new_tokens=12).token_ids for mode in ("ar", "diffusion", "self_spec")]
+    before = [
+        MODEL.generate([5, 6], mode=mode, max_new_tokens=12).token_ids for mode in ("ar", "diffusion", "self_spec")
+    ]
     MODEL.generate([9] * 30, mode="diffusion", max_new_tokens=30)
-    after = [MODEL.generate([5, 6], mode=mode, max_new_tokens=12).token_ids for mode in ("ar", "diffusion", "self_spec")]
+    after = [
+        MODEL.generate([5, 6], mode=mode, max_new_tokens=12).token_ids for mode in ("ar", "diffusion", "self_spec")
+    ]
     assert before == after

@@ -44,7 +44,10 @@ def test_a_text_in_any_pieces_through_the_cache_gives_the_logits_of_the_whole(da
 
 
 @settings(max_examples=25, deadline=None)
-@given(prefix=st.lists(st.integers(0, 39), min_size=1, max_size=12), block=st.lists(st.integers(0, 39), min_size=1, max_size=8))
+@given(
+    prefix=st.lists(st.integers(0, 39), min_size=1, max_size=12),
+    block=st.lists(st.integers(0, 39), min_size=1, max_size=8),
+)
 def test_a_block_over_a_cached_prefix_is_a_block_over_a_causal_one(prefix, block):
     cache = KeyValueCache(CONFIG, 1, 32, dtype=torch.float32)
     run(cache, 0, 0, prefix, Causal())

@@ -46,7 +46,9 @@ def test_a_mixed_batch_equals_each_request_alone(batch):
 
 def test_a_seed_gives_the_same_sample_again_and_another_seed_another():
     def sample(seed):
-        return MODEL.generate([5, 6], mode="ar", temperature=2.0, seed=seed, max_new_tokens=20, ignore_eos=True).token_ids
+        return MODEL.generate(
+            [5, 6], mode="ar", temperature=2.0, seed=seed, max_new_tokens=20, ignore_eos=True
+        ).token_ids
 
     assert sample(1) == sample(1)
     assert sample(1) != sample(2)

@@ -6,18 +6,18 @@ import transformers
 
 import trimode
 
-BASE = dict(
-    vocab_size=120,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-)
+BASE = {
+    "vocab_size": 120,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 10_000.0,
@@ -41,11 +41,17 @@ FAMILIES = {
     "llama tied, head size of its own": ("LlamaConfig", {"tie_word_embeddings": True, "head_dim": 24}),
     "llama with biases": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
     "llama 3 scaling": ("LlamaConfig", {"rope_parameters": LLAMA3}),
-    "llama linear scaling": ("LlamaConfig", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "llama linear scaling": (
+        "LlamaConfig",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    ),
     "llama yarn": ("LlamaConfig", {"rope_parameters": YARN}),
     "mistral": ("MistralConfig", {"sliding_window": None}),
     "ministral3": ("Ministral3Config", {"rope_parameters": MINISTRAL, "head_dim": 32}),
-    "ministral3 with a factor below one": ("Ministral3Config", {"rope_parameters": {**MINISTRAL, "factor": 0.25}, "head_dim": 32}),
+    "ministral3 with a factor below one": (
+        "Ministral3Config",
+        {"rope_parameters": {**MINISTRAL, "factor": 0.25}, "head_dim": 32},
+    ),
     "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3Config", {"head_dim": 32}),
     "qwen3 with biases": ("Qwen3Config", {"head_dim": 16, "attention_bias": True}),

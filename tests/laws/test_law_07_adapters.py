@@ -73,7 +73,9 @@ def test_unpacked_and_packed_weights_agree_and_a_packed_row_does_not_depend_on_i
     plain, packed = Transformer(CONFIG), Transformer(CONFIG)
     plain.load(random_tensors(CONFIG), pack=False)
     packed.load(random_tensors(CONFIG), pack=True)
-    torch.testing.assert_close(forward(plain, None, None, Causal()), forward(packed, None, None, Causal()), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        forward(plain, None, None, Causal()), forward(packed, None, None, Causal()), atol=1e-5, rtol=1e-4
+    )
     linear = packed.layers[0].gate_up
     x = torch.randn(33, CONFIG.width, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -99,7 +101,9 @@ def test_drafts_differ_with_the_adapter_on_and_off_and_the_answer_does_not():
             mode="self_spec",
             draft_lora=use,
             max_new_tokens=24,
-            observe=lambda g, step, outcome, seen=canvases: seen.append(list(g.canvas)) if step.kind == "draft" else None,
+            observe=lambda g, step, outcome, seen=canvases: (
+                seen.append(list(g.canvas)) if step.kind == "draft" else None
+            ),
         )
         drafts[use] = canvases
     assert answers[True].token_ids == answers[False].token_ids

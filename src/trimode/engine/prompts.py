@@ -38,13 +38,11 @@ def encode_prompt(
         if raw or tokenizer.chat_template is None:
             return _not_empty(tokenizer.encode(prompt, add_special_tokens=True))
         prompt = [{"role": "user", "content": prompt}]
-    if isinstance(prompt, Mapping) or not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
-        if hasattr(prompt, "tolist"):
-            prompt = prompt.tolist()
-        else:
-            raise PromptError(
-                f"A prompt is a string, a list of chat messages or a list of ids; got {type(prompt).__name__}."
-            )
+    if hasattr(prompt, "tolist"):
+        prompt = prompt.tolist()
+    if isinstance(prompt, Mapping | bytes) or not isinstance(prompt, Sequence):
+        kind = type(prompt).__name__
+        raise PromptError(f"A prompt is a string, a list of chat messages or a list of ids; got {kind}.")
     if len(prompt) == 0:
         raise PromptError("The prompt is empty. Give it at least one message or id.")
     if isinstance(prompt[0], Mapping):

@@ -48,9 +48,9 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
 
 
 def _grouped_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    # the query heads of a group become more queries of one head: keys and values are read once and never repeated in memory
     B, H, T, K = q.shape
     G = k.shape[1]
+    # the query heads of a group become more queries of one head: keys and values are read once and never repeated in memory
     grouped = q.reshape(B, G, H // G * T, K)
     return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(B, H, T, K)
 
@@ -125,7 +125,7 @@ class CachedAttention:
         parts = []
         for g in self._groups:
             n, T = g.num_rows, g.first.length
-            queries = q[g.first.start : g.first.start + n * T].unflatten(0, (n, T)).transpose(1, 2)
+            queries = q[g.first.start : g.first.start + n * T].view(n, T, *q.shape[1:]).transpose(1, 2)
             slots = slice(g.first.slot, g.first.slot + n)
             over = keys[slots, : g.num_keys].transpose(1, 2)
             values_over = values[slots, : g.num_keys].transpose(1, 2)

@@ -1,6 +1,6 @@
 """What a model is: its sizes and its tri-mode facts, in trimode's own words.
 
-Foreign names (`hidden_size`, `llama.block_count`) are translated in `checkpoint.names`; nothing here knows them.
+Foreign names (`hidden_size`, `llama.block_count`) are translated in `checkpoint.config_files`; nothing here knows them.
 """
 
 from dataclasses import dataclass

@@ -82,14 +82,17 @@ class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float, **kwargs) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size, **kwargs))
-        self.eps = eps
+        # a plain attribute: it is not part of a checkpoint
+        self._eps = torch.tensor(eps, dtype=torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         # float32 whatever the dtype, rounded before the weight, as the families do. F.rms_norm takes twice the time on a CPU.
         x32 = x.float()
+        if self._eps.device != x.device:
+            self._eps = self._eps.to(x.device)
         norm = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
-        scale = (norm.square() * (1 / x.shape[-1]) + self.eps).rsqrt()
-        return (x32 * scale).to(x.dtype) * self.weight
+        scale = torch.addcmul(self._eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
+        return (x32 * scale).to(x.dtype).mul_(self.weight)
 
 
 class Layer(nn.Module):
@@ -123,7 +126,7 @@ class Layer(nn.Module):
     ) -> Tensor:
         H, G = self.num_heads, self.num_kv_heads
         h = self.attention_norm(x)
-        qkv = self._adapted(self.qkv(h), h, ("query", "key", "value"), lora, rows).unflatten(-1, (-1, self.head_size))
+        qkv = self._adapted(self.qkv(h), h, ("query", "key", "value"), lora, rows).view(len(x), -1, self.head_size)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(qkv[:, :H]), self.k_norm(qkv[:, H : H + G])
             qk = rotate(torch.cat((q, k), dim=1), cos, sin)
@@ -136,7 +139,7 @@ class Layer(nn.Module):
         x = x + self._adapted(self.output(a), a, ("output",), lora, rows)
         h = self.mlp_norm(x)
         gate, up = self._adapted(self.gate_up(h), h, ("gate", "up"), lora, rows).chunk(2, dim=-1)
-        h = F.silu(gate) * up
+        h = F.silu(gate).mul_(up)
         return x + self._adapted(self.down(h), h, ("down",), lora, rows)
 
     def _adapted(self, y: Tensor, x: Tensor, parts: tuple[str, ...], lora: Lora | None, rows: Tensor | None) -> Tensor:
@@ -170,7 +173,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.width, config.norm_eps, **kwargs)
         self.head = Linear(config.width, config.vocab_size, **kwargs)
         if config.tied_head:
-            self.head.weight = self.embedding.weight
+            self.head.weight = self.embedding.weight  # pyright: ignore[reportAttributeAccessIssue]
         frequencies, self._rope_scale = inverse_frequencies(config.rope, config.head_size)
         # a plain attribute: .to(bfloat16) must never round it
         self._frequencies = frequencies
@@ -219,7 +222,7 @@ class Transformer(nn.Module):
             owner, attribute = self._owner(name)
             setattr(owner, attribute, nn.Parameter(tensor, requires_grad=False))
             if name == "embedding.weight" and self.config.tied_head:
-                self.head.weight = self.embedding.weight
+                self.head.weight = self.embedding.weight  # pyright: ignore[reportAttributeAccessIssue]
                 if pack:
                     self.head.pack()
             if pack and isinstance(owner, Linear) and attribute == "weight":
@@ -244,8 +247,13 @@ class Transformer(nn.Module):
 
 
 def _without_padding(attend: Attend, num_rows: int) -> Attend:
+    padded: Tensor | None = None
+
     def attend_rows(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = attend(layer, q[:num_rows], k[:num_rows], v[:num_rows])
-        return F.pad(out, (0, 0, 0, 0, 0, len(q) - num_rows))
+        nonlocal padded
+        if padded is None:
+            padded = torch.zeros_like(q)
+        padded[:num_rows] = attend(layer, q[:num_rows], k[:num_rows], v[:num_rows])
+        return padded
 
     return attend_rows
