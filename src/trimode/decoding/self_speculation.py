@@ -20,6 +20,9 @@ from trimode.model.views import BlockOverCausal, Causal, VerifyAndPredraft
 
 __all__ = ["LinearSelfSpeculation", "QuadraticSelfSpeculation"]
 
+LONGEST_MIXED_PREFILL = 512
+"""A longer prompt is read by a causal step of its own: one forward more, but no square of its length as a mask in memory."""
+
 
 @dataclass(slots=True)
 class Draft:
@@ -110,7 +113,7 @@ class QuadraticSelfSpeculation:
         known = g.uncached
         mask = g.traits.mask_token_id
         adapter = g.traits.adapter_on_draft
-        if length == 1 or g.num_left == 1:
+        if length == 1 or g.num_left == 1 or len(known) > LONGEST_MIXED_PREFILL:
             g.canvas, g.state = [], None
             return causal_step(g, "speculate")
         if g.state is None:

@@ -55,6 +55,11 @@ def _grouped_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tenso
     return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(B, H, T, K)
 
 
+def _causal_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # needs no T x T mask in memory: 8,192 inputs would take 800 MB of them
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
 def _grouped_mask(visible: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
     return mask.repeat(1, num_heads, 1)[:, None]
@@ -100,8 +105,9 @@ class _Group:
     first: Span
     num_rows: int
     num_keys: int
-    visible: Tensor | None
     is_prefill: bool
+    """All of them start an empty slot and are causal."""
+    visible: Tensor | None
     mask: Tensor | None = None
     """`visible` as the fused kernel takes it, made at its first layer."""
 
@@ -115,7 +121,7 @@ class CachedAttention:
         self._cache = cache
         self._kernel = KERNELS[kernel]
         self._fused = kernel == "sdpa"
-        self._groups = [_group(rows, device) for rows in _neighbours(spans)]
+        self._groups = [_group(rows, device, needs_mask=not self._fused) for rows in _neighbours(spans)]
         positions = [s.slot * cache.capacity + s.cached + i for s in spans for i in range(s.length)]
         self._flat_positions = torch.tensor(positions, dtype=torch.long, device=device)
 
@@ -129,9 +135,8 @@ class CachedAttention:
             slots = slice(g.first.slot, g.first.slot + n)
             over = keys[slots, : g.num_keys].transpose(1, 2)
             values_over = values[slots, : g.num_keys].transpose(1, 2)
-            if g.is_prefill and self._fused:
-                # a long prompt: the fused causal kernel needs no T x T mask in memory
-                out = F.scaled_dot_product_attention(queries, over, values_over, is_causal=True, enable_gqa=True)
+            if self._fused and g.is_prefill:
+                out = _causal_sdpa(queries, over, values_over)
             elif self._fused:
                 if g.visible is not None and g.mask is None:
                     g.mask = _grouped_mask(g.visible, q.shape[1] // k.shape[1], q.dtype)
@@ -153,17 +158,15 @@ def _neighbours(spans: Sequence[Span]) -> list[list[Span]]:
     return groups
 
 
-def _group(rows: list[Span], device: torch.device | str) -> _Group:
-    T = rows[0].length
-    num_keys = max(s.cached for s in rows) + T
-    is_prefill = T > 1 and all(s.cached == 0 and isinstance(s.view, Causal) for s in rows)
+def _group(rows: list[Span], device: torch.device | str, *, needs_mask: bool) -> _Group:
+    num_keys = max(s.cached for s in rows) + rows[0].length
+    is_prefill = all(s.cached == 0 and isinstance(s.view, Causal) for s in rows)
     visible = None
-    if not is_prefill or T <= 256:
-        matrices = [_over_prefix(s, num_keys, device) for s in rows]
-        visible = torch.stack(matrices)
+    if needs_mask or not is_prefill:
+        visible = torch.stack([_over_prefix(s, num_keys, device) for s in rows])
         if bool(visible.all()):
             visible = None
-    return _Group(rows[0], len(rows), num_keys, visible, is_prefill and T > 256)
+    return _Group(rows[0], len(rows), num_keys, is_prefill, visible)
 
 
 def _over_prefix(span: Span, num_keys: int, device: torch.device | str) -> Tensor:
@@ -180,8 +183,10 @@ class SelfAttention:
     def __init__(self, view: View, num_rows: int, length: int, kernel: KernelName, device: torch.device | str) -> None:
         self._shape = (num_rows, length)
         self._kernel = KERNELS[kernel]
-        self._visible = visible_matrix(view, length, device)[None]
+        self._is_causal = kernel == "sdpa" and isinstance(view, Causal)
+        self._visible = None if self._is_causal else visible_matrix(view, length, device)[None]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.unflatten(0, self._shape).transpose(1, 2) for x in (q, k, v))
-        return self._kernel(q, k, v, self._visible).transpose(1, 2).flatten(0, 1)
+        out = _causal_sdpa(q, k, v) if self._is_causal else self._kernel(q, k, v, self._visible)
+        return out.transpose(1, 2).flatten(0, 1)
