@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trimode.decoding.autoregressive import causal_step
-from trimode.decoding.interface import Generation, Outcome, Predictions, Step, Traits
+from trimode.decoding.interface import Generation, OneByOne, Outcome, Predictions, Step, Traits
 from trimode.decoding.sampling import adjusted, next_token, pick, truncated_distribution, uniform
 from trimode.decoding.settings import Settings
 from trimode.decoding.unmasking import POLICIES, Candidates, quota
@@ -149,24 +149,16 @@ def wants_revision(generation: Generation, progress: Progress) -> bool:
     )
 
 
-class BlockDiffusion:
+class BlockDiffusion(OneByOne):
     """Anchor, denoising steps, commit: block after block."""
 
-    def plan(self, generations: Sequence[Generation]) -> list[Step]:
-        return [self._plan(g) for g in generations]
-
-    def _plan(self, g: Generation) -> Step:
+    def plan_one(self, g: Generation) -> Step:
         if g.state is None:
             return causal_step(g, "commit")
         kind = "denoise" if g.traits.mask_token_id in g.canvas else "revise"
         return block_step(g, kind, g.canvas, places_asked(g, g.state), g.traits.adapter_on_denoise)
 
-    def absorb(
-        self, generations: Sequence[Generation], steps: Sequence[Step], predictions: Sequence[Predictions]
-    ) -> list[Outcome]:
-        return [self._absorb(g, s, p) for g, s, p in zip(generations, steps, predictions, strict=True)]
-
-    def _absorb(self, g: Generation, step: Step, predictions: Predictions) -> Outcome:
+    def absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Outcome:
         if g.state is None:
             anchor = next_token(predictions.after, g)
             self._start_block(g, anchor)
@@ -217,16 +209,13 @@ def _num_needed(g: Generation) -> int:
     return min(len(g.canvas), g.num_left)
 
 
-class Infill:
+class Infill(OneByOne):
     """Fill the masked places of a canvas that holds fixed tokens too; the prompt is the text before the first of them.
 
     All is denoised as one block. The last token of the prompt is left uncached to lead the block, as an anchor does elsewhere.
     """
 
-    def plan(self, generations: Sequence[Generation]) -> list[Step]:
-        return [self._plan(g) for g in generations]
-
-    def _plan(self, g: Generation) -> Step:
+    def plan_one(self, g: Generation) -> Step:
         if len(g.uncached) > 1:
             return causal_step(g, "prefill")
         if g.state is None:
@@ -240,12 +229,7 @@ class Infill:
         kind = "denoise" if g.traits.mask_token_id in g.canvas else "revise"
         return block_step(g, kind, g.canvas, places_asked(g, g.state), g.traits.adapter_on_denoise)
 
-    def absorb(
-        self, generations: Sequence[Generation], steps: Sequence[Step], predictions: Sequence[Predictions]
-    ) -> list[Outcome]:
-        return [self._absorb(g, s, p) for g, s, p in zip(generations, steps, predictions, strict=True)]
-
-    def _absorb(self, g: Generation, step: Step, predictions: Predictions) -> Outcome:
+    def absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Outcome:
         if step.kind == "prefill":
             return Outcome(kept=len(step.tokens) - 1)
         progress: Progress = g.state

@@ -15,7 +15,7 @@ from torch import Tensor
 from trimode.decoding.settings import Settings
 from trimode.model.views import View
 
-__all__ = ["Decoder", "Generation", "Outcome", "Predictions", "Step", "Tally", "Traits"]
+__all__ = ["Decoder", "Generation", "OneByOne", "Outcome", "Predictions", "Step", "Tally", "Traits"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,3 +159,23 @@ class Decoder(Protocol):
     def num_scratch(self, settings: Settings, traits: Traits) -> int:
         """Inputs that a step may place after the final tokens: cache positions needed beyond prompt and answer."""
         ...
+
+
+class OneByOne:
+    """A decoder whose generations have nothing to do with one another: it answers for each alone."""
+
+    def plan_one(self, g: Generation) -> Step:
+        """The next forward that this generation needs."""
+        raise NotImplementedError
+
+    def absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Outcome:
+        """What that forward made final."""
+        raise NotImplementedError
+
+    def plan(self, generations: Sequence[Generation]) -> list[Step]:
+        return [self.plan_one(g) for g in generations]
+
+    def absorb(
+        self, generations: Sequence[Generation], steps: Sequence[Step], predictions: Sequence[Predictions]
+    ) -> list[Outcome]:
+        return [self.absorb_one(*each) for each in zip(generations, steps, predictions, strict=True)]

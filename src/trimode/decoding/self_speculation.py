@@ -5,14 +5,13 @@ round. Quadratic (appendix C; 2511.08923): one forward checks a draft and at the
 check may end; 1 forward a round, B * (B + 1) inputs wide.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from trimode.decoding.autoregressive import causal_step
 from trimode.decoding.block_diffusion import block_step, length_of_block
-from trimode.decoding.interface import Generation, Outcome, Predictions, Step, Traits
+from trimode.decoding.interface import Generation, OneByOne, Outcome, Predictions, Step, Traits
 from trimode.decoding.sampling import adjusted, draft_tokens, next_token, verify
 from trimode.decoding.settings import Settings
 from trimode.decoding.unmasking import POLICIES, Candidates
@@ -32,13 +31,10 @@ class Draft:
     """Distributions that the tokens were drawn from [T, V]; None: greedy, or drafted in several passes."""
 
 
-class LinearSelfSpeculation:
+class LinearSelfSpeculation(OneByOne):
     """Draft, verify, draft, verify."""
 
-    def plan(self, generations: Sequence[Generation]) -> list[Step]:
-        return [self._plan(g) for g in generations]
-
-    def _plan(self, g: Generation) -> Step:
+    def plan_one(self, g: Generation) -> Step:
         mask = g.traits.mask_token_id
         if len(g.uncached) != 1 or g.cached < len(g.prompt):
             return causal_step(g, "verify")
@@ -54,12 +50,7 @@ class LinearSelfSpeculation:
         tokens = g.uncached + tuple(g.canvas)
         return Step(kind="verify", tokens=tokens, view=Causal(), after=tuple(range(len(tokens))))
 
-    def absorb(
-        self, generations: Sequence[Generation], steps: Sequence[Step], predictions: Sequence[Predictions]
-    ) -> list[Outcome]:
-        return [self._absorb(g, s, p) for g, s, p in zip(generations, steps, predictions, strict=True)]
-
-    def _absorb(self, g: Generation, step: Step, predictions: Predictions) -> Outcome:
+    def absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Outcome:
         if step.kind == "draft":
             _fill_draft(g, g.state, predictions.at)
             return Outcome()
@@ -102,13 +93,10 @@ def _fill_draft(g: Generation, draft: Draft, logits: Tensor) -> None:
             g.canvas[place] = token
 
 
-class QuadraticSelfSpeculation:
+class QuadraticSelfSpeculation(OneByOne):
     """Verify a draft and pre-draft the next in one forward. The adapter may act on masks only: the rest must stay causal and clean."""
 
-    def plan(self, generations: Sequence[Generation]) -> list[Step]:
-        return [self._plan(g) for g in generations]
-
-    def _plan(self, g: Generation) -> Step:
+    def plan_one(self, g: Generation) -> Step:
         length = length_of_block(g)
         known = g.uncached
         mask = g.traits.mask_token_id
@@ -145,12 +133,7 @@ class QuadraticSelfSpeculation:
             adapted=() if adapter == "none" else tuple(masks),
         )
 
-    def absorb(
-        self, generations: Sequence[Generation], steps: Sequence[Step], predictions: Sequence[Predictions]
-    ) -> list[Outcome]:
-        return [self._absorb(g, s, p) for g, s, p in zip(generations, steps, predictions, strict=True)]
-
-    def _absorb(self, g: Generation, step: Step, predictions: Predictions) -> Outcome:
+    def absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Outcome:
         if not step.at:
             return Outcome(committed=(next_token(predictions.after, g),), kept=len(step.tokens))
         if g.state is None:
