@@ -6,7 +6,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,8 +17,8 @@ from trimode.cli.pages import pages
 ROOT = Path(__file__).parents[2]
 FAKE = Path(__file__).with_name("fake_model.py")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-SLOWEST_HELP_S = 1.0
-"""The promise is half a second; the rest is room for a busy machine."""
+SLOWEST_HELP_CPU_S = 0.8
+"""The promise is half a second on a quiet machine. Processor time, which a busy machine stretches far less than the clock's."""
 
 
 def spawn(*arguments, pause_s=0.0, **settings):
@@ -41,7 +40,7 @@ def test_help_is_quick_and_imports_nothing_heavy(name):
     )
     taken = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = os.times()
         words = [name] if name else []
         ended = subprocess.run(
             [sys.executable, "-c", code, *words, "--help"],
@@ -50,10 +49,11 @@ def test_help_is_quick_and_imports_nothing_heavy(name):
             text=True,
             check=False,
         )
-        taken.append(time.perf_counter() - start)
+        end = os.times()
+        taken.append(end.children_user + end.children_system - start.children_user - start.children_system)
         assert (ended.returncode, ended.stderr) == (0, "")
         assert ended.stdout.startswith(f"Usage: trimode {name}".rstrip())
-    assert statistics.median(taken) < SLOWEST_HELP_S
+    assert statistics.median(taken) < SLOWEST_HELP_CPU_S
 
 
 def test_python_m_trimode_is_the_same_program():
