@@ -201,7 +201,7 @@ class Transformer(nn.Module):
         if self.head.is_packed and num_rows < PACKED_ROWS:
             # once here rather than in each linear map; attention never sees the padding
             tokens, positions = (F.pad(t, (0, PACKED_ROWS - num_rows)) for t in (tokens, positions))
-            attend = _without_padding(attend, num_rows)
+            attend = _WithoutPadding(attend, num_rows)
         x = self.embedding(tokens)
         if self._frequencies.device != x.device:
             self._frequencies = self._frequencies.to(x.device)
@@ -255,14 +255,17 @@ class Transformer(nn.Module):
                 yield f"{path}.weight", module.weight.detach()
 
 
-def _without_padding(attend: Attend, num_rows: int) -> Attend:
-    padded: Tensor | None = None
+class _WithoutPadding:
+    """An attention function that sees only the first rows; the others get zeros."""
 
-    def attend_rows(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        nonlocal padded
-        if padded is None:
-            padded = torch.zeros_like(q)
-        padded[:num_rows] = attend(layer, q[:num_rows], k[:num_rows], v[:num_rows])
-        return padded
+    def __init__(self, attend: Attend, num_rows: int) -> None:
+        self._attend = attend
+        self._num_rows = num_rows
+        self._padded: Tensor | None = None
 
-    return attend_rows
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self._padded is None:
+            self._padded = torch.zeros_like(q)
+        n = self._num_rows
+        self._padded[:n] = self._attend(layer, q[:n], k[:n], v[:n])
+        return self._padded
