@@ -23,8 +23,10 @@ def pick_device(name: str | torch.device | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise SettingError(f"device {str(name)!r} is not usable here: {str(error).splitlines()[0]}") from None
+    if device.type == "meta":
+        raise SettingError("device 'meta' holds no numbers. Use 'cpu' or 'cuda'.")
     return device
 
 

@@ -198,7 +198,8 @@ def test_infilling_keeps_the_fixed_places_and_fills_the_others():
     assert len(out.token_ids) == len(ids)
     for asked, token in zip(ids, out.token_ids, strict=True):
         assert token == asked if asked is not None else token not in (MASK, EOS)
-    assert out.stats.tokens == 5
+    # fixed places never count as output
+    assert (out.stats.tokens, out.stats.prompt_tokens) == (3, 4)
     assert out.stats.nfe_prefill == 1
 
 

@@ -145,6 +145,16 @@ def test_the_mask_never_wins_even_if_the_model_wants_it():
         ({"max_new_tokens": True}, "True"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": "hot"}, "hot"),
+        ({"temperature": 1e-40}, "at least"),
+        ({"temperature": 10**400}, "temperature"),
+        ({"stop": 5}, "stop"),
+        ({"logit_bias": {5: 1e308}}, "logit_bias"),
+        ({"logit_bias": {5.7: 1.0}}, "logit_bias"),
+        ({"mode": "self_spec", "self_spec_kind": "quadratic", "block_length": 65}, "64"),
+        ({"mode": "self_spec", "self_spec_kind": "quadratic", "threshold": 0.5}, "no effect"),
+        ({"mode": "diffusion", "block_length": 600}, "context"),
+        ({"top_k": 1}, "no effect at temperature 0"),
+        ({"end_think_token_id": 5}, "max_thinking_tokens"),
         ({"top_p": 0.0, "temperature": 1}, "top_p"),
         ({"top_p": 0.5}, "no effect at temperature 0"),
         ({"seed": -1}, "seed"),
@@ -217,6 +227,14 @@ def test_a_checkpoint_without_a_mask_token_says_so(mode):
         lambda m: m.infill([5, None], max_new_tokens=4),
         lambda m: m.infill("a {} b"),
         lambda m: m.infill([]),
+        lambda m: m.infill(None),
+        lambda m: m.infill([5, None], mode="ar"),
+        lambda m: m.infill([5, None], block_size=2),
+        lambda m: m.logits(5),
+        lambda m: m.logits([5] * 600),
+        lambda m: m.logits([5, 6], view="block", prefix=1.5),
+        lambda m: trimode.load(None),
+        lambda m: trimode.load("smollm2-135m", device="meta"),
         lambda m: m.score([5]),
         lambda m: m.logits([5, 6], view="sideways"),
         lambda m: m.logits([5, 6], view="block", prefix=3),
@@ -251,3 +269,15 @@ def test_requests_share_nothing():
         MODEL.generate([5, 6], mode=mode, max_new_tokens=12).token_ids for mode in ("ar", "diffusion", "self_spec")
     ]
     assert before == after
+
+
+def test_top_k_keeps_k_tokens_even_where_they_tie_and_min_p_cuts_at_its_share():
+    from trimode.decoding.sampling import truncated_distribution
+    from trimode.decoding.settings import Settings
+
+    tied = torch.tensor([[1.0, 1.0, 1.0, 0.0]])
+    kept = truncated_distribution(tied, Settings(temperature=1.0, top_k=2))
+    torch.testing.assert_close(kept, torch.tensor([[0.5, 0.5, 0.0, 0.0]], dtype=torch.float64))
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    kept = truncated_distribution(logits, Settings(temperature=1.0, min_p=0.5))
+    torch.testing.assert_close(kept, torch.tensor([[0.625, 0.375, 0.0, 0.0]], dtype=torch.float64), atol=1e-6, rtol=0)

@@ -49,12 +49,15 @@ def adjusted(
 
 def truncated_distribution(logits: Float[Tensor, "T V"], settings: Settings) -> Float[Tensor, "T V"]:
     """Probabilities after temperature, top-k, top-p and min-p, in this order, from adjusted logits. temperature > 0."""
-    scaled = logits / settings.temperature
+    # float64: in float32 the tail of a large vocabulary's cumulative sum is lost and top-p keeps too much. Less the maximum first, so
+    # that a tiny temperature cannot overflow.
+    scaled = logits.double()
+    scaled = (scaled - scaled.amax(dim=-1, keepdim=True)) / settings.temperature
     if 0 < settings.top_k < scaled.shape[-1]:
-        least = scaled.topk(settings.top_k, dim=-1).values[:, -1:]
-        scaled = scaled.masked_fill(scaled < least, float("-inf"))
-    # float64: in float32 the tail of a large vocabulary's cumulative sum is lost and top-p keeps too much
-    p = scaled.double().softmax(dim=-1)
+        # by index, not by value: ties beyond the k-th are common in bfloat16
+        best = scaled.sort(dim=-1, descending=True, stable=True).indices[:, : settings.top_k]
+        scaled = torch.full_like(scaled, float("-inf")).scatter(-1, best, scaled.gather(-1, best))
+    p = scaled.softmax(dim=-1)
     if settings.top_p < 1.0:
         ordered, order = p.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(dim=-1) - ordered

@@ -82,7 +82,7 @@ def _fill_draft(g: Generation, draft: Draft, logits: Tensor) -> None:
     probabilities = logits.float().softmax(dim=-1)
     candidates = Candidates(
         confidence=probabilities.gather(-1, best[:, None])[:, 0].to(logits.dtype),
-        probabilities=probabilities,
+        probabilities=scores.softmax(dim=-1),
         quota=1,
         threshold=threshold,
         entropy_bound=0.0,

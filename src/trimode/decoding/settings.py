@@ -3,7 +3,7 @@
 A setting without effect is an error: whoever turns a knob is told when it is not connected.
 """
 
-import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -14,6 +14,11 @@ __all__ = ["MODES", "UNMASKING", "Settings", "check_for_mode", "parse_settings"]
 
 MODES = ("auto", "ar", "diffusion", "self_spec")
 UNMASKING = ("threshold", "fixed", "entropy_bound", "margin", "leftmost", "random")
+MOST_BIAS = 10_000.0
+LEAST_TEMPERATURE = 1e-4
+LEAST_PENALTY = 0.01
+LONGEST_QUADRATIC_BLOCK = 64
+"""A quadratic round has B * (B + 1) inputs: 4,160 at 64."""
 SELF_SPEC_KINDS = ("linear", "quadratic")
 
 _MODE_ALIASES = {"dlm": "diffusion", "linear_spec": "self_spec"}
@@ -98,6 +103,7 @@ def parse_settings(knobs: Mapping[str, Any], defaults: Settings | None = None) -
     _coerce(values)
     settings = replace(defaults or Settings(), **values)
     _check_ranges(settings)
+    _check_block(settings)
     for name in values:
         _check_effect(name, settings)
     return settings
@@ -105,8 +111,10 @@ def parse_settings(knobs: Mapping[str, Any], defaults: Settings | None = None) -
 
 def check_for_mode(given: Mapping[str, Any], mode: str) -> None:
     """Refuses knobs that do nothing in `mode`. `given`: the knobs that the user turned, by any name."""
-    for name in given:
+    for name, value in given.items():
         own = _KNOB_ALIASES.get(name, name)
+        if value is None:
+            continue
         modes = _ONLY_IN.get(own)
         if modes is not None and mode not in modes:
             raise SettingError(
@@ -123,14 +131,15 @@ def _coerce(values: dict[str, Any]) -> None:
         values["unmasking"] = _UNMASKING_ALIASES.get(policy, policy)
     if "stop" in values:
         stop = values["stop"]
-        stop = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+        stop = () if stop is None else (stop,) if isinstance(stop, str) else stop
+        stop = tuple(stop) if isinstance(stop, list | tuple) else (stop,)
         if not all(isinstance(s, str) and s for s in stop):
             raise SettingError(f"stop must be one or more non-empty strings; got {values['stop']!r}.")
         values["stop"] = stop
     if values.get("logit_bias") is not None:
         try:
-            values["logit_bias"] = {int(k): float(v) for k, v in dict(values["logit_bias"]).items()}
-        except (TypeError, ValueError):
+            values["logit_bias"] = {operator.index(k): float(v) for k, v in dict(values["logit_bias"]).items()}
+        except (TypeError, ValueError, OverflowError):
             raise SettingError(f"logit_bias must map token ids to numbers; got {values['logit_bias']!r}.") from None
 
 
@@ -151,9 +160,11 @@ def _check_ranges(s: Settings) -> None:
     if s.seed is not None:
         _whole("seed", s.seed, 0, 2**63 - 1)
     _number("temperature", s.temperature, 0, 100)
+    if 0 < s.temperature < LEAST_TEMPERATURE:
+        raise SettingError(f"temperature must be 0 (greedy) or at least {LEAST_TEMPERATURE:g}; got {s.temperature}.")
     _number("top_p", s.top_p, 0, 1, above=True)
     _number("min_p", s.min_p, 0, 1)
-    _number("repetition_penalty", s.repetition_penalty, 0, 100, above=True)
+    _number("repetition_penalty", s.repetition_penalty, LEAST_PENALTY, 100)
     for name in ("threshold", "editing_threshold"):
         if getattr(s, name) is not None:
             _number(name, getattr(s, name), 0, 1)
@@ -163,8 +174,15 @@ def _check_ranges(s: Settings) -> None:
         if not isinstance(getattr(s, name), bool | None):
             raise SettingError(f"{name} must be true or false; got {getattr(s, name)!r}.")
     for token, bias in (s.logit_bias or {}).items():
-        if not math.isfinite(bias):
-            raise SettingError(f"logit_bias of token {token} must be finite; got {bias}.")
+        if not abs(bias) <= MOST_BIAS:
+            raise SettingError(f"logit_bias of token {token} must be from -{MOST_BIAS:g} to {MOST_BIAS:g}; got {bias}.")
+
+
+def _check_block(s: Settings) -> None:
+    if s.self_spec_kind == "quadratic" and (s.block_length or 0) > LONGEST_QUADRATIC_BLOCK:
+        raise SettingError(
+            f"block_length must be at most {LONGEST_QUADRATIC_BLOCK} with self_spec_kind='quadratic'; got {s.block_length}."
+        )
 
 
 def _check_effect(name: str, s: Settings) -> None:
@@ -177,7 +195,11 @@ def _check_effect(name: str, s: Settings) -> None:
         )
     if name == "threshold" and s.threshold is not None and s.unmasking in ("fixed", "entropy_bound", "random"):
         raise SettingError(f"threshold has no effect with unmasking={s.unmasking!r}. Leave one of them out.")
-    if name in ("top_p", "top_k", "min_p") and s.temperature == 0 and getattr(s, name) not in (0, 1.0):
+    if name == "threshold" and s.threshold is not None and s.self_spec_kind == "quadratic":
+        raise SettingError("threshold has no effect with self_spec_kind='quadratic'. Leave one of them out.")
+    if name == "end_think_token_id" and s.end_think_token_id is not None and s.max_thinking_tokens is None:
+        raise SettingError("end_think_token_id has no effect without max_thinking_tokens. Set both, or neither.")
+    if name in ("top_p", "top_k", "min_p") and s.temperature == 0 and getattr(s, name) != getattr(Settings(), name):
         raise SettingError(f"{name} has no effect at temperature 0. Set a temperature, or leave {name} out.")
 
 
@@ -195,7 +217,7 @@ def _whole(name: str, value: Any, least: int, most: int = 2**31 - 1) -> None:
 
 
 def _number(name: str, value: Any, least: float, most: float, *, above: bool = False) -> None:
-    sound = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    sound = isinstance(value, int | float) and not isinstance(value, bool)
     if not sound or not least <= value <= most or (above and value == least):
         low = f"above {least:g}" if above else f"from {least:g}"
         raise SettingError(f"{name} must be a number {low} to {most:g}; got {value!r}.")

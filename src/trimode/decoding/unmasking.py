@@ -20,7 +20,7 @@ class Candidates:
     confidence: Float[Tensor, " M"]
     """Probability of the chosen token under the untempered distribution, in the model's dtype as the reference has it."""
     probabilities: Float[Tensor, "M V"]
-    """That distribution, float32."""
+    """Of the tokens that may be chosen (the mask excluded, bias and penalty applied), float32."""
     quota: int
     """How many positions an even schedule commits in this step."""
     threshold: float

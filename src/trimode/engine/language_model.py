@@ -36,6 +36,16 @@ from trimode.text.tokenizer import Tokenizer
 __all__ = ["LanguageModel", "load"]
 
 DEFAULT_SPAN_LENGTH = 16
+_NOT_FOR_INFILL = {
+    "mode",
+    "block_length",
+    "block_size",
+    "max_new_tokens",
+    "max_thinking_tokens",
+    "end_think_token_id",
+    "ignore_eos",
+    "stop",
+}
 _SCORE_ROWS = 128
 """Rows of logits that scoring holds at once: 128 rows of a 131,072-token vocabulary are 67 MB."""
 
@@ -60,6 +70,8 @@ def load(
         )
     if attention not in ("plain", "sdpa", "flex"):
         raise SettingError(f"attention must be one of plain, sdpa, flex; got {attention!r}.")
+    if not isinstance(name, str | Path):
+        raise SettingError(f"load takes a preset, a path or a hub id; got {name!r}.")
     set_threads(threads)
     target = pick_device(device)
     checkpoint = open_checkpoint(name)
@@ -315,6 +327,10 @@ class LanguageModel:
                 f"{self.name} names no mask token, so it can only decode mode='ar'. "
                 "Convert it first, or set mask_token_id under 'trimode' in its config.json."
             )
+        if (settings.block_length or 0) > self.config.max_positions:
+            raise SettingError(
+                f"block_length={settings.block_length:,} exceeds the context of {self.config.max_positions:,}. Use less."
+            )
         if settings.draft_lora is not None:
             if self.adapter is None and settings.draft_lora:
                 raise SettingError(f"draft_lora=True, but {self.name} has no draft adapter. Leave it out.")
@@ -394,12 +410,16 @@ class LanguageModel:
         """
         if self.config.mask_token_id is None:
             raise MissingMaskTokenError(f"{self.name} names no mask token, so it cannot fill in. Convert it first.")
-        if "max_new_tokens" in knobs or "block_length" in knobs:
-            raise SettingError("infill has no max_new_tokens or block_length. Set span_length.")
+        for name in _NOT_FOR_INFILL & set(knobs):
+            raise SettingError(
+                f"{name} has no effect in infill: spans have a set length. Leave it out, and set span_length."
+            )
+        if not isinstance(placeholder, str):
+            raise SettingError(f"placeholder must be a string; got {placeholder!r}.")
+        if not isinstance(text, Sequence):
+            raise PromptError(f"infill takes a string, a list of texts or a list of ids; got {type(text).__name__}.")
         ids, fixed_run = self._masked_ids(text, span_length, placeholder)
         settings, _ = self._settings({**knobs, "mode": "diffusion"})
-        if settings.stop:
-            raise SettingError("stop has no effect in infill. Leave it out.")
         prompt, canvas = ids[:fixed_run], ids[fixed_run:]
         settings = replace(settings, max_new_tokens=len(canvas), ignore_eos=True, max_thinking_tokens=None)
         if len(ids) > self.config.max_positions:
@@ -430,7 +450,7 @@ class LanguageModel:
             num_spans = len(text) - 1
             if num_spans < 1:
                 raise PromptError("A list of fixed texts needs at least two, with a span between them.")
-            lengths = [span_length] * num_spans if isinstance(span_length, int) else list(span_length)
+            lengths = list(span_length) if isinstance(span_length, list | tuple) else [span_length] * num_spans
             if len(lengths) != num_spans:
                 raise SettingError(f"span_length gives {len(lengths)} lengths for {num_spans} spans.")
             for length in lengths:
@@ -464,13 +484,26 @@ class LanguageModel:
                 if i == 0 or ids[i - 1] != mask:
                     runs.append([])
                 runs[-1].append(token)
+        stats = self._filled_stats(answer, sum(map(len, runs)), len(ids))
         if self.tokenizer is None:
-            return Infilled(text="", spans=[], token_ids=whole, stats=self._stats(answer))
+            return Infilled(text="", spans=[], token_ids=whole, stats=stats)
         return Infilled(
             text=self.tokenizer.decode(whole),
             spans=[self.tokenizer.decode(run) for run in runs],
             token_ids=whole,
-            stats=self._stats(answer),
+            stats=stats,
+        )
+
+    def _filled_stats(self, answer: _Answer, num_filled: int, num_all: int) -> Stats:
+        """Costs of filling in: what was given never counts as output."""
+        stats = self._stats(answer)
+        return replace(
+            stats,
+            tokens=num_filled,
+            prompt_tokens=num_all - num_filled,
+            decode_tpf=num_filled / max(stats.nfe_decode, 1),
+            e2e_tpf=num_filled / max(stats.nfe_prefill + stats.nfe_decode, 1),
+            tokens_per_second=num_filled / stats.seconds if stats.seconds > 0 else 0.0,
         )
 
     # ---- looking at the model ---------------------------------------------------------------------------------------------
@@ -508,12 +541,14 @@ class LanguageModel:
         view "block": the first `prefix` ids are the causal, cached prefix; the others see it and one another.
         draft_lora: the draft adapter acts on the block (or on its masks, for converted models).
         """
-        known = encode_prompt(list(ids), self.tokenizer, self.config)
+        known = encode_prompt(ids, self.tokenizer, self.config)
+        if len(known) > self.config.max_positions:
+            raise ContextLengthError(f"{len(known):,} ids were given; the context holds {self.config.max_positions:,}.")
         if view not in ("causal", "block"):
             raise SettingError(f"view must be 'causal' or 'block'; got {view!r}.")
         if view == "causal" and (prefix or draft_lora):
             raise SettingError("prefix and draft_lora have no effect with view='causal'. Leave them out.")
-        if not 0 <= prefix <= len(known):
+        if isinstance(prefix, bool) or not isinstance(prefix, int) or not 0 <= prefix <= len(known):
             raise SettingError(f"prefix must be from 0 to the {len(known)} ids given; got {prefix}.")
         rows = None
         if draft_lora:
