@@ -450,7 +450,9 @@ class LanguageModel:
             num_spans = len(text) - 1
             if num_spans < 1:
                 raise PromptError("A list of fixed texts needs at least two, with a span between them.")
-            lengths = list(span_length) if isinstance(span_length, list | tuple) else [span_length] * num_spans
+            lengths: list[Any] = [span_length] * num_spans
+            if isinstance(span_length, list | tuple):
+                lengths = list(span_length)
             if len(lengths) != num_spans:
                 raise SettingError(f"span_length gives {len(lengths)} lengths for {num_spans} spans.")
             for length in lengths:
