@@ -13,10 +13,13 @@ __all__ = [
     "CheckpointError",
     "CheckpointNotFoundError",
     "ContextLengthError",
+    "DataError",
     "EngineContractError",
     "MissingMaskTokenError",
     "PromptError",
+    "RunStateError",
     "SettingError",
+    "TrainingError",
     "TrimodeError",
     "UnsupportedModelError",
     "nearest",
@@ -51,12 +54,24 @@ class UnsupportedModelError(CheckpointError):
     """The checkpoint is sound, but of an architecture that trimode does not run."""
 
 
+class DataError(TrimodeError, ValueError):
+    """A file of prompts or training documents is missing, empty or malformed."""
+
+
 class MissingMaskTokenError(TrimodeError, LookupError):
     """A decoder that needs masks was asked of a checkpoint that names no mask token."""
 
 
 class ChatTemplateError(TrimodeError, RuntimeError):
     """The checkpoint's chat template could not render these messages."""
+
+
+class RunStateError(TrimodeError, RuntimeError):
+    """A training run's folder belongs to another run, or its state cannot be read or written."""
+
+
+class TrainingError(TrimodeError, RuntimeError):
+    """Training cannot go on: a loss that is no number, or settings that do not fit together."""
 
 
 class EngineContractError(TrimodeError, RuntimeError):

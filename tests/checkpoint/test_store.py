@@ -168,7 +168,7 @@ def test_peft_puts_a_saved_adapter_on_the_same_maps_with_the_same_effect(tmp_pat
     x = torch.randn(5, 32)
     layer = adapted.base_model.model.model.layers[1].self_attn.q_proj
     with torch.no_grad():
-        expected = layer.base_layer(x) + lora.delta(1, "query", x)
+        expected = lora.add(1, ["query"], x, [layer.base_layer(x)])[0]
         torch.testing.assert_close(layer(x), expected)
 
 

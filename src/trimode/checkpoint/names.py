@@ -50,16 +50,7 @@ class Fused:
 
 def part_sizes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """Inputs and outputs of each linear map of a layer, by Hugging Face's name."""
-    D, K, H, G, I = config.width, config.head_size, config.num_heads, config.num_kv_heads, config.mlp_width  # noqa: E741
-    return {
-        "q_proj": (D, H * K),
-        "k_proj": (D, G * K),
-        "v_proj": (D, G * K),
-        "o_proj": (H * K, D),
-        "gate_proj": (D, I),
-        "up_proj": (D, I),
-        "down_proj": (I, D),
-    }
+    return {theirs: config.part_sizes[ours] for theirs, ours in ADAPTED.items()}
 
 
 def layout(config: ModelConfig) -> tuple[Fused, ...]:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from trimode import __version__
-from trimode.cli import chat, demo, generate, info
+from trimode.cli import chat, demo, distill, generate, info, train
 from trimode.cli.help import HelpfulCommand, HelpfulGroup
 from trimode.errors import TrimodeError, nearest
 
@@ -36,6 +36,8 @@ app.command("generate", cls=HelpfulCommand)(generate.generate)
 app.command("chat", cls=HelpfulCommand)(chat.chat)
 app.command("info", cls=HelpfulCommand)(info.info)
 app.command("demo", cls=HelpfulCommand)(demo.demo)
+app.command("distill", cls=HelpfulCommand)(distill.distill)
+app.command("train", cls=HelpfulCommand)(train.train)
 
 
 @app.callback(invoke_without_command=True)

@@ -84,7 +84,7 @@ def load(
         tokenizer = Tokenizer.from_directory(checkpoint.path)
     lora = checkpoint.adapter()
     if lora is not None and target.type != "cpu":
-        lora = Lora({key: (A.to(target), B.to(target)) for key, (A, B) in lora.factors.items()}, lora.scale)
+        lora = lora.to(target)
     return LanguageModel(
         str(name), transformer.eval(), tokenizer, adapter=lora, dtype=wanted, device=target, attention=attention
     )
@@ -291,6 +291,10 @@ class LanguageModel:
         if token == self.config.mask_token_id:
             return None
         return str(token) if self.tokenizer is None else self.tokenizer.decode([token])
+
+    def encode(self, prompt: Any, *, raw: bool = False, template: Mapping[str, Any] | None = None) -> list[int]:
+        """The ids that `generate` would read for this prompt."""
+        return list(encode_prompt(prompt, self.tokenizer, self.config, raw=raw, variables=template))
 
     # ---- a request's settings ---------------------------------------------------------------------------------------------
 

@@ -18,7 +18,19 @@ from torch import Tensor
 from trimode.model.cache import KeyValueCache
 from trimode.model.views import Causal, View, visible_matrix
 
-__all__ = ["KERNELS", "Attend", "CachedAttention", "Kernel", "KernelName", "SelfAttention", "Span"]
+__all__ = [
+    "KERNELS",
+    "Attend",
+    "BlocksOverText",
+    "CachedAttention",
+    "Kernel",
+    "KernelName",
+    "NoisyBlocks",
+    "PackedAttention",
+    "Recorded",
+    "SelfAttention",
+    "Span",
+]
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 KernelName = Literal["plain", "sdpa", "flex"]
@@ -190,3 +202,102 @@ class SelfAttention:
         q, k, v = (x.unflatten(0, self._shape).transpose(1, 2) for x in (q, k, v))
         out = _causal_sdpa(q, k, v) if self._is_causal else self._kernel(q, k, v, self._visible)
         return out.transpose(1, 2).flatten(0, 1)
+
+
+class PackedAttention:
+    """Attention of several texts behind one another, each over itself and never across. For training."""
+
+    def __init__(
+        self, views: Sequence[View], lengths: Sequence[int], kernel: KernelName, device: torch.device | str
+    ) -> None:
+        self._device = device
+        self._lengths = list(lengths)
+        self._block_mask = _packed_block_mask(views, lengths, device) if kernel == "flex" else None
+        self._each = (
+            []
+            if kernel == "flex"
+            else [SelfAttention(view, 1, length, kernel, device) for view, length in zip(views, lengths, strict=True)]
+        )
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self._block_mask is not None:
+            from torch.nn.attention.flex_attention import flex_attention
+
+            q, k, v = (x.transpose(0, 1)[None].contiguous() for x in (q, k, v))
+            out = flex_attention(q, k, v, block_mask=self._block_mask, enable_gqa=True)
+            assert isinstance(out, Tensor)
+            return out[0].transpose(0, 1)
+        parts = zip(self._each, *(x.split(self._lengths) for x in (q, k, v)), strict=True)
+        return torch.cat([attend(layer, *qkv) for attend, *qkv in parts])
+
+
+def _packed_block_mask(views: Sequence[View], lengths: Sequence[int], device: torch.device | str):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    total = sum(lengths)
+    table = torch.zeros(total, total, dtype=torch.bool, device=device)
+    start = 0
+    for view, length in zip(views, lengths, strict=True):
+        table[start : start + length, start : start + length] = visible_matrix(view, length, device)
+        start += length
+    return create_block_mask(lambda b, h, i, j: table[i, j], None, None, total, total, device=str(device))
+
+
+class Recorded:
+    """An attention function that keeps the keys and values that pass through it, by layer."""
+
+    def __init__(self, attend: Attend) -> None:
+        self._attend = attend
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.keys[layer], self.values[layer] = k, v
+        return self._attend(layer, q, k, v)
+
+
+@dataclass(frozen=True, slots=True)
+class NoisyBlocks:
+    """Blocks of equal length over one clean text: each sees the text up to its anchor, and itself."""
+
+    start: int
+    """Index of the text's first token among the clean ones."""
+    anchors: Tensor
+    """[n] Places in the text of the last token that each block sees."""
+    length: int
+    """Inputs of a block."""
+
+
+class BlocksOverText:
+    """Attention of noisy blocks over recorded clean texts: what a decoder's block step sees, for many blocks at once."""
+
+    def __init__(self, clean: Recorded, texts: Sequence[NoisyBlocks]) -> None:
+        self._clean = clean
+        self._texts = texts
+        self._hidden: list[Tensor] = []
+        for text in texts:
+            num_keys = int(text.anchors.max()) + 1
+            places = torch.arange(num_keys, device=text.anchors.device)
+            # [n, 1, num_keys]: the same for all inputs of a block
+            self._hidden.append((places[None, :] > text.anchors[:, None])[:, None])
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self._clean.keys[layer], self._clean.values[layer]
+        H, G, K = q.shape[1], k.shape[1], q.shape[2]
+        outputs = []
+        row = 0
+        for text, hidden in zip(self._texts, self._hidden, strict=True):
+            n, m, S = len(text.anchors), text.length, hidden.shape[-1]
+            own = slice(row, row + n * m)
+            row += n * m
+            # [G, query heads of a group, n, m, K]
+            queries = q[own].view(n, m, G, H // G, K).permute(2, 3, 0, 1, 4) * K**-0.5
+            block_keys, block_values = (x[own].view(n, m, G, K).permute(2, 0, 1, 3)[:, None] for x in (k, v))
+            text_keys, text_values = (x[text.start : text.start + S].transpose(0, 1) for x in (keys, values))
+            over_text = (queries.reshape(G, -1, K) @ text_keys.mT).view(G, H // G, n, m, S)
+            scores = torch.cat((over_text.masked_fill(hidden, float("-inf")), queries @ block_keys.mT), dim=-1)
+            weights = scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype)
+            out = (weights[..., :S].reshape(G, -1, S) @ text_values).view(G, H // G, n, m, K)
+            out = out + weights[..., S:] @ block_values
+            outputs.append(out.permute(2, 3, 0, 1, 4).reshape(n * m, H, K))
+        return torch.cat(outputs)

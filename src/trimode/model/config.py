@@ -92,6 +92,20 @@ class ModelConfig:
     or the mask inputs of every block step ("masks": converted models)."""
 
     @property
+    def part_sizes(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of each linear map of a layer."""
+        D, I, q, kv = self.width, self.mlp_width, self.num_heads * self.head_size, self.num_kv_heads * self.head_size  # noqa: E741
+        return {
+            "query": (D, q),
+            "key": (D, kv),
+            "value": (D, kv),
+            "output": (q, D),
+            "gate": (D, I),
+            "up": (D, I),
+            "down": (I, D),
+        }
+
+    @property
     def num_parameters(self) -> int:
         """Parameters of the model, the tied head counted once."""
         D, K, H, G = self.width, self.head_size, self.num_heads, self.num_kv_heads

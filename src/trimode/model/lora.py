@@ -5,9 +5,10 @@ The two small products run in the adapter's own dtype (float32 as stored, like P
 activations' dtype. arXiv 2106.09685.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 __all__ = ["ADAPTED_PARTS", "Lora"]
@@ -24,14 +25,19 @@ class Lora:
     """A: [rank, inputs] and B: [outputs, rank]."""
     scale: float
     """alpha / rank."""
+    mask_embedding: Tensor | None = None
+    """[D]: what the inputs that it acts on are embedded as, in place of the mask token's own row; None: that row."""
 
-    def delta(self, layer: int, part: str, x: Tensor) -> Tensor | None:
-        """What the adapter adds to this part's output for inputs x: [N, inputs]; None if it leaves the part alone."""
-        pair = self.factors.get((layer, part))
-        if pair is None:
-            return None
-        A, B = pair
-        return (x.to(A.dtype) @ A.T) @ B.T * self.scale
+    def add(self, layer: int, parts: Sequence[str], x: Tensor, ys: Sequence[Tensor]) -> list[Tensor]:
+        """These parts' outputs ys [N, outputs] for inputs x [N, inputs], each with what the adapter adds, in its own dtype."""
+        pairs = [self.factors.get((layer, part)) for part in parts]
+        present = [pair for pair in pairs if pair is not None]
+        # the parts share their inputs: one product with all of their A, one under the other
+        together = present[0][0] if len(present) == 1 else torch.cat([A for A, _ in present])
+        low = iter((x.to(together.dtype) @ together.T).split([len(A) for A, _ in present], dim=-1))
+        return [
+            y if pair is None else _plus(y, next(low), pair[1], self.scale) for y, pair in zip(ys, pairs, strict=True)
+        ]
 
     @property
     def parts(self) -> frozenset[str]:
@@ -43,3 +49,20 @@ class Lora:
         for A, B in self.factors.values():
             yield A
             yield B
+        if self.mask_embedding is not None:
+            yield self.mask_embedding
+
+    def to(self, device: torch.device) -> "Lora":
+        """The same adapter on another device."""
+        factors = {place: (A.to(device), B.to(device)) for place, (A, B) in self.factors.items()}
+        return replace(
+            self,
+            factors=factors,
+            mask_embedding=None if self.mask_embedding is None else self.mask_embedding.to(device),
+        )
+
+
+def _plus(y: Tensor, low: Tensor, B: Tensor, scale: float) -> Tensor:
+    if y.dtype == low.dtype:
+        return torch.addmm(y, low, B.T, alpha=scale)
+    return (y + low @ B.T * scale).to(y.dtype)

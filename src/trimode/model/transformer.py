@@ -152,20 +152,14 @@ class Layer(nn.Module):
         return x + self._adapted(self.down(h), h, ("down",), lora, rows)
 
     def _adapted(self, y: Tensor, x: Tensor, parts: tuple[str, ...], lora: Lora | None, rows: Tensor | None) -> Tensor:
-        """y, the joint output of these parts for inputs x, with the adapter added on its rows."""
-        if lora is None or rows is None or not any((self.index, part) in lora.factors for part in parts):
+        """y, the joint output of these parts for inputs x, with the adapter added on its rows (None: on all)."""
+        if lora is None or not any((self.index, part) in lora.factors for part in parts):
             return y
-        inputs = x[rows]
-        zeros = inputs.new_zeros
-        deltas = [lora.delta(self.index, part, inputs) for part in parts]
-        whole = torch.cat(
-            [
-                zeros(len(inputs), self.widths[part]) if delta is None else delta
-                for part, delta in zip(parts, deltas, strict=True)
-            ],
-            dim=-1,
-        )
-        return y.index_copy(0, rows, (y[rows] + whole).to(y.dtype))
+        here, before = (x, y) if rows is None else (x[rows], y[rows])
+        widths = [self.widths[part] for part in parts]
+        added = lora.add(self.index, parts, here, before.split(widths, dim=-1))
+        after = added[0] if len(added) == 1 else torch.cat(added, dim=-1)
+        return after if rows is None else y.index_copy(0, rows, after)
 
 
 class Transformer(nn.Module):
@@ -207,8 +201,12 @@ class Transformer(nn.Module):
             self._frequencies = self._frequencies.to(x.device)
         cos, sin = rotation(positions, self._frequencies, self._rope_scale, x.dtype)
         scale = query_scale(self.config.rope, positions, x.dtype)
-        if lora_rows is not None and len(lora_rows) == 0:
-            lora = None
+        if lora_rows is None or len(lora_rows) == 0:
+            lora = lora_rows = None
+        elif lora is not None and lora.mask_embedding is not None:
+            x = x.index_copy(0, lora_rows, lora.mask_embedding.to(x.dtype).expand(len(lora_rows), -1))
+        if lora_rows is not None and len(lora_rows) == len(x):
+            lora_rows = None  # all of them: no gathering and scattering
         for layer in self.layers:
             x = layer(x, cos, sin, scale, attend, lora, lora_rows)
         return self.norm(x)[:num_rows]

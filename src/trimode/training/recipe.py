@@ -1,0 +1,159 @@
+"""A training run on one page: a TOML file, checked before anything is loaded.
+
+Every table is one dataclass; an unknown key is an error that names the nearest known one. Paths are relative to the recipe.
+"""
+
+import tomllib
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from trimode.errors import SettingError, nearest
+from trimode.model.lora import ADAPTED_PARTS
+from trimode.training.objectives import ConversionSettings
+from trimode.training.trainer import TrainSettings
+
+__all__ = ["AdapterShape", "DataSettings", "Recipe", "Source", "read_recipe"]
+
+ObjectiveName = Literal["adapter", "joint", "diffusion", "ar", "drafter"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A file of documents and its weight in the mixture."""
+
+    path: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSettings:
+    """What is read."""
+
+    sources: tuple[Source, ...]
+    max_tokens: int = 512
+    """Longer documents are cut."""
+    held_out: int = 64
+    """Documents kept aside for the evaluations, the last ones of the first source."""
+    bad_lines: Literal["refuse", "skip"] = "refuse"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterShape:
+    """The LoRA of the objectives `adapter` and `drafter`."""
+
+    rank: int = 64
+    alpha: float = 64.0
+    parts: tuple[str, ...] = ADAPTED_PARTS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """A whole run."""
+
+    base: str
+    """What is trained: preset, directory, GGUF file or hub id."""
+    objective: ObjectiveName
+    data: DataSettings
+    train: TrainSettings
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """What products are computed in; trained parameters are float32 always."""
+    checkpoint_activations: bool = False
+    """Recompute each layer in the backward pass: less memory, a third more time."""
+    adapter: AdapterShape = field(default_factory=AdapterShape)
+    blocks: ConversionSettings = field(default_factory=ConversionSettings)
+    block_length: int = 8
+    """What the trained checkpoint decodes with unless told otherwise; `joint` and `diffusion`: the length trained on."""
+
+    def identity(self) -> dict[str, Any]:
+        """What must stay the same for a run to be continued; its length and how often it saves may change."""
+        whole = asdict(self)
+        for name in ("steps", "decay", "floor", "save_every", "evaluate_every", "documents_per_forward"):
+            whole["train"].pop(name)
+        for source in whole["data"]["sources"]:
+            source["path"] = Path(source["path"]).name
+        whole["base"] = Path(whole["base"]).name
+        return whole
+
+
+def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
+    """A recipe with `table.key=value` changes (values as TOML). Raises SettingError naming the key."""
+    if not path.is_file():
+        raise SettingError(f"There is no recipe {str(path)!r}.")
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise SettingError(f"{path} is not TOML: {error}.") from None
+    for change in changes:
+        _apply(raw, change)
+    recipe = _build(Recipe, raw, "")
+    sources = tuple(
+        Source(path=str((path.parent / source.path).resolve()), weight=source.weight) for source in recipe.data.sources
+    )
+    base = path.parent / recipe.base
+    from dataclasses import replace
+
+    return replace(
+        recipe, data=replace(recipe.data, sources=sources), base=str(base.resolve()) if base.exists() else recipe.base
+    )
+
+
+def _apply(raw: dict[str, Any], change: str) -> None:
+    name, equals, written = change.partition("=")
+    if not equals or not name:
+        raise SettingError(f"--set takes path=value, such as train.steps=100; got {change!r}.")
+    try:
+        value = tomllib.loads(f"value = {written}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = written
+    *tables, key = name.strip().split(".")
+    at = raw
+    for table in tables:
+        at = at.setdefault(table, {})
+        if not isinstance(at, dict):
+            raise SettingError(f"--set {name}: {table!r} is no table.")
+    at[key] = value
+
+
+def _build(kind: Any, raw: Any, where: str) -> Any:
+    """`raw` as the dataclass `kind`."""
+    if not isinstance(raw, Mapping):
+        raise SettingError(f"{where or 'The recipe'} must be a table; got {raw!r}.")
+    known = {f.name: f for f in fields(kind)}
+    for key in raw:
+        if key not in known:
+            raise SettingError(f"Unknown key {f'{where}.{key}'.lstrip('.')!r} in the recipe.{nearest(key, known)}")
+    hints = get_type_hints(kind)
+    values = {}
+    for name, f in known.items():
+        label = f"{where}.{name}".lstrip(".")
+        if name in raw:
+            values[name] = _value(hints[name], raw[name], label)
+        elif f.default is MISSING and f.default_factory is MISSING:
+            raise SettingError(f"The recipe lacks {label!r}.")
+    return kind(**values)
+
+
+def _value(kind: Any, raw: Any, label: str) -> Any:
+    origin = get_origin(kind)
+    if is_dataclass(kind):
+        return _build(kind, raw, label)
+    if origin is Literal:
+        if raw not in get_args(kind):
+            raise SettingError(f"{label} must be one of {', '.join(map(str, get_args(kind)))}; got {raw!r}.")
+        return raw
+    if origin in (Union, types.UnionType):
+        return _value(next(a for a in get_args(kind) if a is not type(None)), raw, label)
+    if origin is tuple:
+        inner = get_args(kind)
+        if not isinstance(raw, list):
+            raise SettingError(f"{label} must be a list; got {raw!r}.")
+        return tuple(_value(inner[0], item, f"{label}[{i}]") for i, item in enumerate(raw))
+    if kind is float and type(raw) in (int, float):
+        return float(raw)
+    if type(raw) is not kind:
+        words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+        raise SettingError(f"{label} must be {words.get(kind, kind)}; got {raw!r}.")
+    return raw
