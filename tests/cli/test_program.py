@@ -61,9 +61,10 @@ def test_python_m_trimode_is_the_same_program():
         [sys.executable, "-m", "trimode", "genrate"], env=ENVIRONMENT, capture_output=True, text=True, check=False
     )
     assert ended.returncode == 2
-    assert ended.stderr == (
-        "trimode: No such command: genrate. Did you mean 'generate'? There are generate, chat, info, demo.\n"
+    assert ended.stderr.startswith(
+        "trimode: No such command: genrate. Did you mean 'generate'? There are generate, chat,"
     )
+    assert ended.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("arguments", [["generate", "Why?"], ["demo"]])

@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from tests.worlds import tiny_model
 from trimode.diffusion.corruption import SampleNoise
-from trimode.training.data import Document, Mixture, pack
+from trimode.training.data import Document, Mixture
 from trimode.training.head import head_statistics
-from trimode.training.objectives import ConversionSettings, convert_adapter, cross_entropy_and_distance
+from trimode.training.objectives import cross_entropy_and_distance
 from trimode.training.optim import learning_rate
 
 

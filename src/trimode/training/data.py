@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -200,5 +200,5 @@ def _document(record: Mapping[str, Any], encode: Encode, max_tokens: int, vocab_
     return document
 
 
-def _are_ids(value: Any, vocab_size: int) -> bool:
+def _are_ids(value: Any, vocab_size: int) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(i) is int and 0 <= i < vocab_size for i in value)
