@@ -297,3 +297,52 @@ def test_a_checkpoint_without_a_mask_token_has_one_mode(tmp_path):
     assert facts["modes"] == ["ar"]
     assert (facts["mask_token_id"], facts["block_length"], facts["adapter"]) == (None, None, None)
     json.dumps(facts)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_a_mask_embedding_travels_as_pefts_trainable_token(tmp_path):
+    import peft
+    import transformers
+
+    config = tiny_config(family="llama", adapter_acts_on="masks")
+    lora = replace(random_lora(config), mask_embedding=torch.randn(config.width))
+    saved(tmp_path / "model", config, adapter=lora)
+    checkpoint = open_checkpoint(tmp_path / "model")
+    assert torch.equal(checkpoint.adapter().mask_embedding, lora.mask_embedding)
+    assert describe(checkpoint)["adapter"]["parameters"] == sum(tensor.numel() for tensor in lora.tensors())
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    adapted = peft.PeftModel.from_pretrained(base, str(tmp_path / "model" / "linear_spec_lora")).eval()
+    embedded = adapted.get_input_embeddings()(torch.tensor([4, config.mask_token_id]))
+    assert torch.equal(embedded[1], lora.mask_embedding)
+    assert torch.equal(embedded[0], base.get_input_embeddings().weight[4])
+
+
+def test_an_embedding_of_another_token_is_refused(tmp_path):
+    config = tiny_config(family="llama", adapter_acts_on="masks")
+    saved(tmp_path, config, adapter=replace(random_lora(config), mask_embedding=torch.randn(config.width)))
+    where = tmp_path / "linear_spec_lora" / "adapter_config.json"
+    raw = json.loads(where.read_text())
+    where.write_text(json.dumps({**raw, "trainable_token_indices": [7]}))
+    with pytest.raises(UnsupportedModelError, match="mask token"):
+        open_checkpoint(tmp_path)
+
+
+def test_an_adapter_knows_its_base_in_any_dtype_and_refuses_another(tmp_path):
+    config = tiny_config(family="llama", adapter_acts_on="masks")
+    saved(tmp_path / "first", config)
+    fingerprint = open_checkpoint(tmp_path / "first").fingerprint()
+    extra = {"trimode": {"base_fingerprint": fingerprint}}
+
+    def beside(name, tensors):
+        save_checkpoint(tmp_path / name, config, tensors, adapter=random_lora(config), adapter_extra=extra)
+        return open_checkpoint(tmp_path / name)
+
+    same = [(name, tensor.bfloat16()) for name, tensor in random_tensors(config)]
+    assert beside("rounded", same).adapter() is not None
+    with pytest.raises(CheckpointError, match="another base"):
+        beside("other", random_tensors(config, seed=9)).adapter()
+    # norms alike, as in models nobody trained: the weights tell them apart
+    norms = dict(random_tensors(config))
+    mixed = [(name, norms[name] if "norm" in name else tensor) for name, tensor in random_tensors(config, seed=9)]
+    with pytest.raises(CheckpointError, match="another base"):
+        beside("mixed", mixed).adapter()

@@ -26,6 +26,12 @@ __all__ = ["StoredAdapter", "open_adapter", "save_adapter"]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
+BASE = "base_fingerprint"
+"""The key of the object `"trimode"` that tells which model the adapter belongs to."""
+TOKENS = "trainable_token_indices"
+
+_EMBEDDING = re.compile(r"base_model\.model\.(?:.+\.)?embed_tokens\.token_adapter\.trainable_tokens_delta")
+"""PEFT's name for embeddings that replace those of some tokens. A delta in name only: they are whole rows."""
 _FACTOR = re.compile(
     r"base_model\.model\.(?:.+\.)?layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])(?:\.default)?\.weight"
 )
@@ -41,6 +47,10 @@ class StoredAdapter:
     """A: [rank, inputs] and B: [outputs, rank], by layer and part in trimode's words."""
     facts: Mapping[str, Any]
     """Its own object `"trimode"`: what the checkpoint becomes with this adapter."""
+    base: Mapping[str, Any] | None = None
+    """Fingerprint of the model that it was trained on, if it says so."""
+    mask_embedding: StoredTensor | None = None
+    """[1, D]: what masks are embedded as, in place of the mask token's own row."""
 
     @property
     def parts(self) -> list[str]:
@@ -49,11 +59,15 @@ class StoredAdapter:
 
     @property
     def num_parameters(self) -> int:
-        return sum(math.prod(tensor.shape) for pair in self.factors.values() for tensor in pair)
+        return sum(math.prod(tensor.shape) for tensor in self._tensors())
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.num_bytes for pair in self.factors.values() for tensor in pair)
+        return sum(tensor.num_bytes for tensor in self._tensors())
+
+    def _tensors(self) -> list[StoredTensor]:
+        factors = [tensor for pair in self.factors.values() for tensor in pair]
+        return factors if self.mask_embedding is None else [*factors, self.mask_embedding]
 
     def read(self) -> "Lora":
         import torch
@@ -67,7 +81,8 @@ class StoredAdapter:
             stored.read_into(tensor)
             return tensor
 
-        return Lora({place: (load(A), load(B)) for place, (A, B) in self.factors.items()}, self.scale)
+        mask_embedding = None if self.mask_embedding is None else load(self.mask_embedding)[0]
+        return Lora({place: (load(A), load(B)) for place, (A, B) in self.factors.items()}, self.scale, mask_embedding)
 
 
 def open_adapter(directory: Path, config: ModelConfig) -> StoredAdapter:
@@ -83,13 +98,21 @@ def open_adapter(directory: Path, config: ModelConfig) -> StoredAdapter:
     facts = raw.get("trimode") or {}
     if not isinstance(facts, dict):
         raise CheckpointError(f'"trimode" in {where} must be an object; got {facts!r}.')
+    base = facts.get(BASE)
+    if base is not None and not isinstance(base, dict):
+        raise CheckpointError(f"{BASE} in {where} must be an object; got {base!r}.")
+    facts = {key: value for key, value in facts.items() if key != BASE}
 
     path = directory / WEIGHTS
     if not path.exists():
         raise CheckpointError(f"{directory} holds {CONFIG} but no {WEIGHTS}.")
     found: dict[tuple[int, str, str], StoredTensor] = {}
     extra = []
+    mask_embedding = None
     for name, tensor in read_header(path).items():
+        if _EMBEDDING.fullmatch(name):
+            mask_embedding = tensor
+            continue
         match = _FACTOR.fullmatch(name)
         if match is None or match[2] not in ADAPTED or int(match[1]) >= config.num_layers:
             extra.append(name)
@@ -116,12 +139,36 @@ def open_adapter(directory: Path, config: ModelConfig) -> StoredAdapter:
             raise CheckpointError(f"{tensor.name} of {path} is {list(tensor.shape)}, expected {list(expected)}.")
         if not tensor.readable:
             raise UnsupportedModelError(f"{tensor.name} of {path} is stored as {tensor.encoding}, not as numbers.")
+    _check_embedding(raw, mask_embedding, config, where)
     scale = alpha / math.sqrt(rank) if raw.get("use_rslora") else alpha / rank
     places = sorted(
         {(layer, name) for layer, name, _ in found}, key=lambda place: (place[0], list(ADAPTED).index(place[1]))
     )
     factors = {(i, ADAPTED[name]): (found[i, name, "A"], found[i, name, "B"]) for i, name in places}
-    return StoredAdapter(rank=rank, scale=scale, factors=factors, facts=facts)
+    return StoredAdapter(
+        rank=rank, scale=scale, factors=factors, facts=facts, base=base, mask_embedding=mask_embedding
+    )
+
+
+def _check_embedding(
+    raw: Mapping[str, Any], embedding: StoredTensor | None, config: ModelConfig, where: Path
+) -> None:
+    tokens = raw.get(TOKENS)
+    if isinstance(tokens, dict):
+        tokens = tokens.get("embed_tokens") if len(tokens) == 1 else tokens
+    if not tokens and embedding is None:
+        return
+    if tokens != [config.mask_token_id]:
+        raise UnsupportedModelError(
+            f"{TOKENS} in {where} is {tokens!r}. trimode runs an embedding of the mask token ({config.mask_token_id}) only."
+        )
+    if embedding is None:
+        raise CheckpointError(f"{where} announces an embedding ({TOKENS}), and {WEIGHTS} holds none.")
+    if embedding.shape != (1, config.width) or not embedding.readable:
+        raise CheckpointError(
+            f"{embedding.name} of {where.parent / WEIGHTS} is {list(embedding.shape)} as {embedding.encoding}, "
+            f"expected numbers in [1, {config.width}]."
+        )
 
 
 def _refuse_other_kinds(raw: Mapping[str, Any], where: Path) -> None:
@@ -162,7 +209,10 @@ def save_adapter(
     ours = {own: theirs for theirs, own in ADAPTED.items()}
     sizes = part_sizes(config)
     backbone = "encoder" if config.family == "nemotron_labs_diffusion" else "model"
-    with ShardWriter(directory / WEIGHTS, room_for=2 * len(adapter.factors)) as writer:
+    with ShardWriter(directory / WEIGHTS, room_for=2 * len(adapter.factors) + 1) as writer:
+        if adapter.mask_embedding is not None:
+            name = f"base_model.model.{backbone}.embed_tokens.token_adapter.trainable_tokens_delta"
+            writer.write(name, adapter.mask_embedding[None].contiguous())
         for (layer, part), (A, B) in adapter.factors.items():
             name = ours[part]
             inputs, outputs = sizes[name]
@@ -186,6 +236,8 @@ def save_adapter(
         "bias": "none",
         "inference_mode": True,
     }
+    if adapter.mask_embedding is not None:
+        raw[TOKENS] = [config.mask_token_id]
     clash = sorted((extra or {}).keys() & raw.keys())
     if clash:
         raise CheckpointError(f"The extra key {clash[0]!r} of the adapter's config is already taken.")

@@ -22,6 +22,7 @@ from trimode.checkpoint.config_files import (
     with_trimode_facts,
     write_config,
 )
+from trimode.checkpoint.fingerprint import base_fingerprint, same_base
 from trimode.checkpoint.gguf_files import gguf_config, read_gguf
 from trimode.checkpoint.names import bare_name, check_tensors, exported_name, gguf_name, layout
 from trimode.checkpoint.presets import PRESETS, find_preset_file, preset_facts
@@ -87,8 +88,20 @@ class Checkpoint:
             yield fused.name, tensor
 
     def adapter(self) -> "Lora | None":
-        """The draft adapter in the dtype it is stored in, if there is one."""
-        return None if self.stored_adapter is None else self.stored_adapter.read()
+        """The draft adapter in the dtype it is stored in, if there is one. Raises CheckpointError for another base's."""
+        adapter = self.stored_adapter
+        if adapter is None:
+            return None
+        if adapter.base is not None and not same_base(adapter.base, self.fingerprint()):
+            raise CheckpointError(
+                f"The adapter beside {self.name} was trained on another base: sizes or weights differ. "
+                "Use the base that it belongs to, or train one for this base with trimode convert."
+            )
+        return adapter.read()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What an adapter keeps of its base."""
+        return base_fingerprint(self.config, self.stored)
 
 
 def open_checkpoint(name: str | Path) -> Checkpoint:

@@ -3,6 +3,9 @@
 A block starts with its anchor, which the causal view of what is final predicts; it is final at once. The places after it are the
 canvas. Denoising steps fill them, surest first, and may revise what they filled; nothing of a block is cached until it is full, when
 one causal step over it writes its keys and gives the next anchor. `Infill` uses the same steps on a canvas with fixed tokens in it.
+
+Where the first place of a block is exact (`Traits.first_is_exact`) no forward is spent on anchors and keys alone: a block is all masks,
+every step fills its leftmost one with the autoregressive choice, and what then leads the canvas without a gap is final.
 """
 
 from collections.abc import Sequence
@@ -16,9 +19,12 @@ from trimode.decoding.interface import Generation, OneByOne, Outcome, Prediction
 from trimode.decoding.sampling import adjusted, next_token, pick, truncated_distribution, uniform
 from trimode.decoding.settings import Settings
 from trimode.decoding.unmasking import POLICIES, Candidates, quota
-from trimode.model.views import Bidirectional, BlockOverCausal
+from trimode.model.views import Bidirectional, BlockOverCausal, Causal
 
-__all__ = ["BlockDiffusion", "Infill", "Progress", "block_step", "denoise", "length_of_block"]
+__all__ = ["LONGEST_MIXED_PREFILL", "BlockDiffusion", "Infill", "Progress", "block_step", "denoise", "length_of_block"]
+
+LONGEST_MIXED_PREFILL = 512
+"""A longer prompt is read by a causal step of its own: one forward more, but no square of its length as a mask in memory."""
 
 DEFAULT_THRESHOLD = 0.9
 DEFAULT_ENTROPY_BOUND = 0.1
@@ -67,8 +73,9 @@ def block_step(generation: Generation, kind: str, canvas: Sequence[int], places:
 def places_asked(generation: Generation, progress: Progress) -> list[int]:
     """Places of the canvas that the next denoising step predicts: the masked ones, and with revision every one that may change."""
     mask = generation.traits.mask_token_id
-    if generation.settings.editing_threshold is None:
-        return [i for i, token in enumerate(generation.canvas) if token == mask]
+    masked = [i for i, token in enumerate(generation.canvas) if token == mask]
+    if generation.settings.editing_threshold is None or (generation.traits.first_is_exact and masked):
+        return masked
     return [i for i in range(len(generation.canvas)) if i not in progress.fixed]
 
 
@@ -123,6 +130,8 @@ def _fill(
     )
     is_last = progress.step + 1 >= progress.num_steps
     chosen = torch.ones(len(places), dtype=torch.bool) if is_last else POLICIES[settings.unmasking](candidates)
+    if generation.traits.first_is_exact and places[0] == 0:
+        chosen[0] = True
     for place, token, sure, take in zip(places, tokens.tolist(), confidence.tolist(), chosen.tolist(), strict=True):
         if take:
             generation.canvas[place] = token
@@ -144,26 +153,34 @@ def _revise(generation: Generation, progress: Progress, places: list[int], token
 def wants_revision(generation: Generation, progress: Progress) -> bool:
     """Whether a full canvas gets another pass that only revises."""
     settings = generation.settings
-    return (
-        settings.editing_threshold is not None and progress.post_step < settings.max_post_steps and not progress.settled
-    )
+    if settings.editing_threshold is None or progress.settled:
+        return False
+    # an exact first place: only passes over a full canvas revise, so there is one at least
+    return progress.post_step < max(settings.max_post_steps, generation.traits.first_is_exact)
 
 
 class BlockDiffusion(OneByOne):
-    """Anchor, denoising steps, commit: block after block."""
+    """Anchor, denoising steps, commit: block after block. With an exact first place: denoising steps alone."""
 
     def plan_one(self, g: Generation) -> Step:
+        if g.state is None and g.traits.first_is_exact and len(g.uncached) <= LONGEST_MIXED_PREFILL:
+            self._start_block(g, length_of_block(g))
         if g.state is None:
             return causal_step(g, "commit")
+        if g.traits.first_is_exact:
+            return _exact_step(g)
         kind = "denoise" if g.traits.mask_token_id in g.canvas else "revise"
         return block_step(g, kind, g.canvas, places_asked(g, g.state), g.traits.adapter_on_denoise)
 
     def absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Outcome:
         if g.state is None:
             anchor = next_token(predictions.after, g)
-            self._start_block(g, anchor)
+            if not g.traits.first_is_exact:
+                self._start_block(g, length_of_block(g) - 1, anchor)
             return Outcome(committed=(anchor,), kept=len(step.tokens))
         progress: Progress = g.state
+        if g.traits.first_is_exact:
+            return _commit_lead(g, step, denoise(g, progress, predictions.after))
         revised = denoise(g, progress, predictions.at)
         num_needed = _num_needed(g)
         if g.traits.mask_token_id in g.canvas[:num_needed] or wants_revision(g, progress):
@@ -173,17 +190,16 @@ class BlockDiffusion(OneByOne):
         g.canvas, g.state = [], None
         return Outcome(committed=committed, probabilities=sure, revised=revised)
 
-    def _start_block(self, g: Generation, anchor: int) -> None:
-        length = length_of_block(g)
-        if length == 1:
+    def _start_block(self, g: Generation, num_places: int, *anchor: int) -> None:
+        if num_places == 0:
             return
         mask = g.traits.mask_token_id
-        g.canvas = [mask] * (length - 1)
+        g.canvas = [mask] * num_places
         fixed = frozenset[int]()
         budget, end_think = g.settings.max_thinking_tokens, g.settings.end_think_token_id
         if budget is not None and end_think is not None:
-            place = budget - g.num_new - 1
-            if 0 <= place < len(g.canvas) and end_think not in (*g.new_tokens, anchor):
+            place = budget - g.num_new - len(anchor)
+            if 0 <= place < len(g.canvas) and end_think not in (*g.new_tokens, *anchor):
                 g.canvas[place] = end_think
                 fixed = frozenset((place,))
         num_masked = g.canvas.count(mask)
@@ -191,11 +207,56 @@ class BlockDiffusion(OneByOne):
             # a block of two whose only place is `</think>`: nothing to denoise; the next causal step takes it from there
             g.canvas = []
             return
-        num_steps = g.settings.max_denoising_steps or length
+        num_steps = g.settings.max_denoising_steps or length_of_block(g)
         g.state = Progress(num_masked=num_masked, num_steps=num_steps, fixed=fixed)
 
     def num_scratch(self, settings: Settings, traits: Traits) -> int:
         return settings.block_length or traits.block_length
+
+
+def _exact_step(g: Generation) -> Step:
+    """The final tokens and the canvas, asking after what stands before each place that is to be predicted.
+
+    A full canvas is revised through the causal view: that is where such a model knows what it would have said.
+    """
+    known = g.uncached
+    mask = g.traits.mask_token_id
+    places = places_asked(g, g.state)
+    after = tuple(len(known) - 1 + place for place in places)
+    kind = "prefill" if g.cached < len(g.prompt) else "denoise"
+    if mask not in g.canvas:
+        return Step(kind="revise", tokens=known + tuple(g.canvas), view=Causal(), after=after)
+    # a mask at the end would only predict what lies beyond the block
+    canvas = g.canvas[:-1] if g.canvas[-1] == mask else g.canvas
+    tokens = known + tuple(canvas)
+    adapted = tuple(len(known) + i for i, token in enumerate(canvas) if token == mask)
+    return Step(
+        kind=kind,
+        tokens=tokens,
+        view=BlockOverCausal(len(known)),
+        after=after,
+        adapted=adapted if g.traits.adapter_on_denoise == "masks" else (),
+    )
+
+
+def _commit_lead(g: Generation, step: Step, revised: int) -> Outcome:
+    """Commit what leads the canvas without a gap; with revision, the whole canvas once it is full and settled."""
+    progress: Progress = g.state
+    mask = g.traits.mask_token_id
+    num_known = len(g.uncached)
+    num_lead = g.canvas.index(mask) if mask in g.canvas else len(g.canvas)
+    if g.settings.editing_threshold is not None and (num_lead < len(g.canvas) or wants_revision(g, progress)):
+        return Outcome(revised=revised)
+    committed = tuple(g.canvas[:num_lead])
+    sure = tuple(progress.confidence.get(i, 1.0) for i in range(num_lead))
+    g.canvas = g.canvas[num_lead:]
+    progress.confidence = {i - num_lead: value for i, value in progress.confidence.items() if i >= num_lead}
+    progress.fixed = frozenset(i - num_lead for i in progress.fixed if i >= num_lead)
+    if not g.canvas:
+        g.state = None
+    # a revising step that changed nothing was causal over what is final now
+    kept = len(step.tokens) if step.kind == "revise" and progress.settled else num_known
+    return Outcome(committed=committed, kept=kept, probabilities=sure, revised=revised)
 
 
 def _num_needed(g: Generation) -> int:

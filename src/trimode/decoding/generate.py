@@ -110,8 +110,8 @@ def apply(g: Generation, step: Step, outcome: Outcome, is_stopped: IsStopped | N
             g.finish_reason = "length"
         if g.finish_reason is not None:
             break
-    if outcome.accepted is not None:
-        g.tally.rounds += 1
+    g.tally.rounds += outcome.accepted is not None
+    if outcome.accepted is not None or step.kind == "draft":
         g.tally.round_tokens += g.num_new - before
 
 

@@ -2,7 +2,8 @@
 
 A generation is final ids, a tentative canvas and a cursor. A decoder answers two questions, `plan` (which forward next?) and `absorb`
 (what became final?), and never sees the model: the engine owns every forward. A step asks for predictions by input: *after* a known
-input (the causal answer) or *at* a masked one; whether a checkpoint's block rows are shifted is the runner's business.
+input (the causal answer) or *at* a masked one; whether a checkpoint's block rows are shifted is the runner's business. Only where a
+shift gives something away for nothing, an exact first token, does a decoder ask *after* masks.
 """
 
 from collections.abc import Sequence
@@ -28,6 +29,9 @@ class Traits:
     block_length: int
     known_tokens_are_causal: bool = False
     """In a block step, final tokens see causally instead of seeing the block."""
+    first_is_exact: bool = False
+    """Such a checkpoint whose block rows predict the *next* place: behind the final tokens a block step gives the autoregressive
+    prediction itself, and `Step.after` may name masks."""
     adapter_on_draft: str = "none"
     """Inputs of a self-speculation draft that the adapter acts on: "none", "all" or "masks"."""
     adapter_on_denoise: str = "none"
@@ -45,7 +49,7 @@ class Step:
     view: View
     """How these inputs see one another; all of them see the cached prefix. It also gives their positions."""
     after: tuple[int, ...] = ()
-    """Inputs whose successor is to be predicted."""
+    """Inputs whose successor is to be predicted: known ones, and masks where block rows predict the next place."""
     at: tuple[int, ...] = ()
     """Inputs whose own place is to be predicted."""
     adapted: tuple[int, ...] = ()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from trimode.decoding.autoregressive import causal_step
-from trimode.decoding.block_diffusion import block_step, length_of_block
+from trimode.decoding.block_diffusion import LONGEST_MIXED_PREFILL, block_step, length_of_block
 from trimode.decoding.interface import Generation, OneByOne, Outcome, Predictions, Step, Traits
 from trimode.decoding.sampling import adjusted, draft_tokens, next_token, verify
 from trimode.decoding.settings import Settings
@@ -18,10 +18,6 @@ from trimode.decoding.unmasking import POLICIES, Candidates
 from trimode.model.views import BlockOverCausal, Causal, VerifyAndPredraft
 
 __all__ = ["LinearSelfSpeculation", "QuadraticSelfSpeculation"]
-
-LONGEST_MIXED_PREFILL = 512
-"""A longer prompt is read by a causal step of its own: one forward more, but no square of its length as a mask in memory."""
-
 
 @dataclass(slots=True)
 class Draft:
@@ -32,18 +28,24 @@ class Draft:
 
 
 class LinearSelfSpeculation(OneByOne):
-    """Draft, verify, draft, verify."""
+    """Draft, verify, draft, verify.
+
+    Where the first place of a block is exact, the draft commits it, and may read the prompt too: no forward serves one token alone.
+    """
 
     def plan_one(self, g: Generation) -> Step:
         mask = g.traits.mask_token_id
-        if len(g.uncached) != 1 or g.cached < len(g.prompt):
-            return causal_step(g, "verify")
+        length = length_of_block(g)
         if g.state is None:
+            exact = g.traits.first_is_exact
+            readable = len(g.uncached) <= LONGEST_MIXED_PREFILL if exact else len(g.uncached) == 1
             # one token is left, or the block has room for the anchor only: a draft would save nothing
-            if g.num_left == 1 or length_of_block(g) == 1:
+            if not readable or (g.cached < len(g.prompt) and not exact) or g.num_left == 1 or length == 1:
                 return causal_step(g, "verify")
-            g.canvas = [mask] * (length_of_block(g) - 1)
+            g.canvas = [mask] * (length - 1)
             g.state = Draft()
+            if exact:
+                return _draft_after(g, length - 1)
         places = [i for i, token in enumerate(g.canvas) if token == mask]
         if places:
             return block_step(g, "draft", g.canvas, places, g.traits.adapter_on_draft)
@@ -51,12 +53,17 @@ class LinearSelfSpeculation(OneByOne):
         return Step(kind="verify", tokens=tokens, view=Causal(), after=tuple(range(len(tokens))))
 
     def absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Outcome:
-        if step.kind == "draft":
-            _fill_draft(g, g.state, predictions.at)
-            return Outcome()
         if g.state is None:
             return Outcome(committed=(next_token(predictions.after, g),), kept=len(step.tokens))
         draft: Draft = g.state
+        if step.at:
+            _fill_draft(g, draft, predictions.at)
+            return Outcome()
+        if g.traits.mask_token_id in g.canvas:
+            num_known = step.view.num_causal(len(step.tokens))
+            first = next_token(predictions.after[:1], g)
+            _fill_draft(g, draft, predictions.after[1:], first)
+            return Outcome(committed=(first,), kept=num_known)
         committed = verify(g.canvas, draft.q, predictions.after, g)
         g.canvas, g.state = [], None
         # the bonus token is final but not cached: it leads the next draft
@@ -66,7 +73,22 @@ class LinearSelfSpeculation(OneByOne):
         return settings.block_length or traits.block_length
 
 
-def _fill_draft(g: Generation, draft: Draft, logits: Tensor) -> None:
+def _draft_after(g: Generation, num_masks: int) -> Step:
+    """The final tokens, causal, and masks behind them: predictions after the last token and after each mask."""
+    known = g.uncached
+    tokens = known + (g.traits.mask_token_id,) * num_masks
+    masks = tuple(range(len(known), len(tokens)))
+    return Step(
+        kind="prefill" if g.cached < len(g.prompt) else "draft",
+        tokens=tokens,
+        view=BlockOverCausal(len(known)),
+        after=(len(known) - 1, *masks),
+        adapted=() if g.traits.adapter_on_draft == "none" else masks,
+    )
+
+
+def _fill_draft(g: Generation, draft: Draft, logits: Tensor, *before: int) -> None:
+    """Draft from the logits of the masked places; `before`: tokens that become final in this step and precede the canvas."""
     mask = g.traits.mask_token_id
     places = [i for i, token in enumerate(g.canvas) if token == mask]
     threshold = g.settings.threshold or 0.0
@@ -77,7 +99,7 @@ def _fill_draft(g: Generation, draft: Draft, logits: Tensor) -> None:
     # Several passes. Which places commit depends on the tokens drawn, so no q describes them: draft greedily and let the
     # verification treat each draft as certain, which is exact whatever the drafts are.
     known = [token for token in g.canvas if token != mask]
-    scores = adjusted(logits, g, [*g.final, *known])
+    scores = adjusted(logits, g, [*g.final, *before, *known])
     best = scores.argmax(dim=-1)
     probabilities = logits.float().softmax(dim=-1)
     candidates = Candidates(
@@ -100,52 +122,51 @@ class QuadraticSelfSpeculation(OneByOne):
         length = length_of_block(g)
         known = g.uncached
         mask = g.traits.mask_token_id
-        adapter = g.traits.adapter_on_draft
         if length == 1 or g.num_left == 1 or len(known) > LONGEST_MIXED_PREFILL:
             g.canvas, g.state = [], None
             return causal_step(g, "speculate")
         if g.state is None:
-            # prefill: the known tokens, causal, and one block of masks behind them
-            num_known = len(known)
-            tokens = known + (mask,) * length
-            masks = range(num_known, len(tokens))
-            kind = "prefill" if g.cached < len(g.prompt) else "speculate"
-            return Step(
-                kind=kind,
-                tokens=tokens,
-                view=BlockOverCausal(num_known),
-                after=(num_known - 1,),
-                at=tuple(masks[1:]),
-                adapted=() if adapter == "none" else tuple(masks),
-            )
-        known = known + tuple(g.canvas)
-        num_known = len(known)
-        tokens = known + (mask,) * (num_known * length)
-        masks = range(num_known, len(tokens))
-        # the first mask of a group stands where the causal row already predicts, so nobody asks for it
-        asked = tuple(i for i in masks if (i - num_known) % length)
+            # prefill: the known tokens, causal, and one group of masks behind them
+            num_known, num_groups = len(known), 1
+            view = BlockOverCausal(num_known)
+            after: tuple[int, ...] = (num_known - 1,)
+        else:
+            known = known + tuple(g.canvas)
+            num_known = num_groups = len(known)
+            view = VerifyAndPredraft(num_known, _masks_per_group(g))
+            after = tuple(range(num_known))
+        tokens = known + (mask,) * (num_groups * _masks_per_group(g))
+        masks = tuple(range(num_known, len(tokens)))
+        at: tuple[int, ...] = ()
+        if g.traits.first_is_exact:
+            after += masks
+        else:
+            # the first mask of a group stands where the causal row already predicts, so nobody asks for it
+            at = tuple(i for i in masks if (i - num_known) % length)
         return Step(
-            kind="speculate",
+            kind="prefill" if g.cached < len(g.prompt) else "speculate",
             tokens=tokens,
-            view=VerifyAndPredraft(num_known, length),
-            after=tuple(range(num_known)),
-            at=asked,
-            adapted=() if adapter == "none" else tuple(masks),
+            view=view,
+            after=after,
+            at=at,
+            adapted=() if g.traits.adapter_on_draft == "none" else masks,
         )
 
     def absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Outcome:
-        if not step.at:
-            return Outcome(committed=(next_token(predictions.after, g),), kept=len(step.tokens))
+        num_known = step.view.num_causal(len(step.tokens))
+        if num_known == len(step.tokens):
+            return Outcome(committed=(next_token(predictions.after, g),), kept=num_known)
+        num_verified = 1 if g.state is None else num_known
+        drafts = predictions.after[num_verified:] if g.traits.first_is_exact else predictions.at
         if g.state is None:
-            num_known = step.view.num_causal(len(step.tokens))
-            anchor = next_token(predictions.after, g)
-            self._set_draft(g, predictions.at)
+            anchor = next_token(predictions.after[:1], g)
+            self._set_draft(g, drafts)
             return Outcome(committed=(anchor,), kept=num_known)
         draft: Draft = g.state
-        committed = verify(g.canvas, draft.q, predictions.after, g)
+        committed = verify(g.canvas, draft.q, predictions.after[:num_verified], g)
         num_accepted = len(committed) - 1
         per_group = length_of_block(g) - 1
-        self._set_draft(g, predictions.at[num_accepted * per_group : (num_accepted + 1) * per_group])
+        self._set_draft(g, drafts[num_accepted * per_group : (num_accepted + 1) * per_group])
         return Outcome(committed=tuple(committed), kept=len(committed), accepted=num_accepted)
 
     def _set_draft(self, g: Generation, logits: Tensor) -> None:
@@ -155,3 +176,8 @@ class QuadraticSelfSpeculation(OneByOne):
     def num_scratch(self, settings: Settings, traits: Traits) -> int:
         length = settings.block_length or traits.block_length
         return length * (length + 1)
+
+
+def _masks_per_group(g: Generation) -> int:
+    """Masks that give the `length - 1` drafts behind a token that is not known yet."""
+    return length_of_block(g) - 1 if g.traits.first_is_exact else length_of_block(g)

@@ -391,6 +391,7 @@ class LanguageModel:
             eos_token_ids=frozenset(config.eos_token_ids),
             block_length=config.block_length,
             known_tokens_are_causal=config.known_tokens_are_causal,
+            first_is_exact=config.known_tokens_are_causal and config.block_predicts == "next",
             adapter_on_draft=on_draft,
             adapter_on_denoise="masks" if use and config.adapter_acts_on == "masks" else "none",
         )

@@ -38,7 +38,8 @@ class RunDirectory:
     def __init__(self, path: Path, *, identity: Mapping[str, Any]) -> None:
         """identity: what must be the same for a state to fit (recipe and base). Raises RunStateError for another run's folder."""
         self.path = path
-        self._identity = dict(identity)
+        # as it reads back from the file: a tuple would differ from its own list for ever
+        self._identity = json.loads(json.dumps(dict(identity)))
         self._is_first = not dist.is_initialized() or dist.get_rank() == 0
         marker = path / "run.json"
         try:
