@@ -54,7 +54,15 @@ def run(recipe: Any, output: Path, device: str | None, threads: int | None) -> d
     from trimode.checkpoint import open_checkpoint
     from trimode.device import pick_device, set_threads
     from trimode.model.transformer import Transformer
-    from trimode.training.convert import DTYPES, Held, make_model, make_objective, split_held_out
+    from trimode.training.convert import (
+        DTYPES,
+        Held,
+        export_adapter,
+        make_model,
+        make_objective,
+        split_held_out,
+        take_adapter,
+    )
     from trimode.training.data import Mixture, read_documents
     from trimode.training.run_state import RunDirectory
     from trimode.training.trainer import Interrupted
@@ -88,6 +96,8 @@ def run(recipe: Any, output: Path, device: str | None, threads: int | None) -> d
     transformer = Transformer(checkpoint.config, dtype=dtype)
     transformer.load(checkpoint.tensors(dtype=dtype, device=target), pack=False)
     model = make_model(recipe, transformer)
+    if recipe.adapter.initial is not None:
+        take_adapter(model, Path(recipe.adapter.initial))
     history: list[dict[str, Any]] = []
     log = (output / "log.jsonl").open("a", encoding="utf-8")
     columns = (
@@ -129,7 +139,12 @@ def run(recipe: Any, output: Path, device: str | None, threads: int | None) -> d
         except Interrupted as end:
             screen.say(f"{end}: saved in {output}. The same command continues.")
             raise typer.Exit(128 + end.signum) from None
-    return {"output": str(output), "steps": recipe.train.steps}
+    export_adapter(output / "adapter", model, recipe, checkpoint.fingerprint())
+    return {
+        "adapter": str(output / "adapter"),
+        "steps": recipe.train.steps,
+        **({"last": history[-1]} if history else {}),
+    }
 
 
 def _no_text(value: Any) -> Any:

@@ -1,17 +1,22 @@
 """From a recipe to a run, and from a run to a checkpoint that decodes in every mode."""
 
+import secrets
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
+from trimode.checkpoint.adapter_files import open_adapter, save_adapter
 from trimode.errors import DataError, MissingMaskTokenError, TrainingError
+from trimode.model.lora import Lora
 from trimode.model.transformer import Transformer
 from trimode.training.data import Document, TokenBatch, pack
 from trimode.training.objectives import Objective, convert_adapter, matched_drafts
 from trimode.training.recipe import Recipe
 from trimode.training.trainable import AdapterParameters, TrainableModel
 
-__all__ = ["DTYPES", "Held", "adapter_facts", "make_model", "make_objective", "split_held_out"]
+__all__ = ["DTYPES", "Held", "adapter_facts", "export_adapter", "make_model", "make_objective", "split_held_out", "take_adapter"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 HELD_OUT_DOCUMENTS_PER_FORWARD = 8
@@ -79,7 +84,7 @@ class Held:
             yield pack(chosen, range(start, start + len(chosen)), device=device)
 
 
-def adapter_facts(recipe: Recipe, fingerprint: str) -> dict[str, object]:
+def adapter_facts(recipe: Recipe, fingerprint: dict[str, object]) -> dict[str, object]:
     """The object `"trimode"` of the adapter's config."""
     return {
         "known_tokens_are_causal": True,
@@ -89,3 +94,38 @@ def adapter_facts(recipe: Recipe, fingerprint: str) -> dict[str, object]:
         "trained_for_blocks": True,
         "base_fingerprint": fingerprint,
     }
+
+
+def export_adapter(directory: Path, model: TrainableModel, recipe: Recipe, fingerprint: dict[str, object]) -> None:
+    """Write the trained adapter in PEFT's layout, in bfloat16, in place of an earlier one. Raises TrainingError if the disk refuses."""
+    assert model.adapter is not None
+    lora = model.adapter.lora()
+    embedding = lora.mask_embedding
+    half = Lora(
+        {place: (A.detach().bfloat16().cpu(), B.detach().bfloat16().cpu()) for place, (A, B) in lora.factors.items()},
+        lora.scale,
+        None if embedding is None else embedding.detach().bfloat16().cpu(),
+    )
+    draft = directory.parent / f".{directory.name}.{secrets.token_hex(4)}"
+    try:
+        draft.mkdir(parents=True)
+        save_adapter(draft, model.config, half, extra={"trimode": adapter_facts(recipe, fingerprint)})
+        shutil.rmtree(directory, ignore_errors=True)
+        draft.rename(directory)
+    except OSError as error:
+        raise TrainingError(f"Cannot write {directory}: {error.strerror}. The run's state is intact.") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)  # gone already if all went well
+
+
+def take_adapter(model: TrainableModel, directory: Path) -> None:
+    """Begin from an adapter that was exported before. Raises TrainingError if its rank or parts are others."""
+    assert model.adapter is not None
+    stored = open_adapter(directory, model.config)
+    parts = sorted({name.split("_", 1)[1] for name in model.adapter.A})
+    if stored.rank != model.adapter.rank or sorted(stored.parts) != parts:
+        raise TrainingError(
+            f"The adapter in {directory} has rank {stored.rank} on {', '.join(stored.parts)}; "
+            f"the recipe asks for rank {model.adapter.rank} on {', '.join(parts)}. Make them equal."
+        )
+    model.adapter.take(stored.read())

@@ -6,7 +6,7 @@ Every table is one dataclass; an unknown key is an error that names the nearest 
 import tomllib
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -47,6 +47,8 @@ class AdapterShape:
     rank: int = 64
     alpha: float = 64.0
     parts: tuple[str, ...] = ADAPTED_PARTS
+    initial: str | None = None
+    """A directory with an exported adapter to begin from, instead of from no change."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +77,8 @@ class Recipe:
         for source in whole["data"]["sources"]:
             source["path"] = Path(source["path"]).name
         whole["base"] = Path(whole["base"]).name
+        # a run begun before there was this choice began from no change
+        whole["adapter"] = {key: value for key, value in whole["adapter"].items() if value is not None}
         return whole
 
 
@@ -93,10 +97,12 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
         Source(path=str((path.parent / source.path).resolve()), weight=source.weight) for source in recipe.data.sources
     )
     base = path.parent / recipe.base
-    from dataclasses import replace
-
+    initial = recipe.adapter.initial
     return replace(
-        recipe, data=replace(recipe.data, sources=sources), base=str(base.resolve()) if base.exists() else recipe.base
+        recipe,
+        data=replace(recipe.data, sources=sources),
+        base=str(base.resolve()) if base.exists() else recipe.base,
+        adapter=replace(recipe.adapter, initial=initial and str((path.parent / initial).resolve())),
     )
 
 
