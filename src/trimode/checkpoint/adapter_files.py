@@ -145,14 +145,10 @@ def open_adapter(directory: Path, config: ModelConfig) -> StoredAdapter:
         {(layer, name) for layer, name, _ in found}, key=lambda place: (place[0], list(ADAPTED).index(place[1]))
     )
     factors = {(i, ADAPTED[name]): (found[i, name, "A"], found[i, name, "B"]) for i, name in places}
-    return StoredAdapter(
-        rank=rank, scale=scale, factors=factors, facts=facts, base=base, mask_embedding=mask_embedding
-    )
+    return StoredAdapter(rank=rank, scale=scale, factors=factors, facts=facts, base=base, mask_embedding=mask_embedding)
 
 
-def _check_embedding(
-    raw: Mapping[str, Any], embedding: StoredTensor | None, config: ModelConfig, where: Path
-) -> None:
+def _check_embedding(raw: Mapping[str, Any], embedding: StoredTensor | None, config: ModelConfig, where: Path) -> None:
     tokens = raw.get(TOKENS)
     if isinstance(tokens, dict):
         tokens = tokens.get("embed_tokens") if len(tokens) == 1 else tokens

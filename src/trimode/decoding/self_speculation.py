@@ -19,6 +19,7 @@ from trimode.model.views import BlockOverCausal, Causal, VerifyAndPredraft
 
 __all__ = ["LinearSelfSpeculation", "QuadraticSelfSpeculation"]
 
+
 @dataclass(slots=True)
 class Draft:
     """A drafted block behind the last final token; its tokens are the generation's canvas."""

@@ -39,9 +39,7 @@ class Lora:
         low = iter((x.to(together.dtype) @ together.T).split([B.shape[1] for B in Bs if B is not None], dim=-1))
         return [y if B is None else _plus(y, next(low), B, self.scale) for y, B in zip(ys, Bs, strict=True)]
 
-    def _prepared(
-        self, layer: int, parts: tuple[str, ...], dtype: torch.dtype
-    ) -> tuple[Tensor, list[Tensor | None]]:
+    def _prepared(self, layer: int, parts: tuple[str, ...], dtype: torch.dtype) -> tuple[Tensor, list[Tensor | None]]:
         key = (layer, parts, dtype)
         if key not in self._ready:
             pairs = [self.factors.get((layer, part)) for part in parts]

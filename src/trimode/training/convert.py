@@ -16,7 +16,16 @@ from trimode.training.objectives import Objective, convert_adapter, matched_draf
 from trimode.training.recipe import Recipe
 from trimode.training.trainable import AdapterParameters, TrainableModel
 
-__all__ = ["DTYPES", "Held", "adapter_facts", "export_adapter", "make_model", "make_objective", "split_held_out", "take_adapter"]
+__all__ = [
+    "DTYPES",
+    "Held",
+    "adapter_facts",
+    "export_adapter",
+    "make_model",
+    "make_objective",
+    "split_held_out",
+    "take_adapter",
+]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 HELD_OUT_DOCUMENTS_PER_FORWARD = 8
