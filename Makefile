@@ -15,7 +15,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench docs
+.PHONY: help setup demo test check bench docs adapter
 .DELETE_ON_ERROR:
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo 'make test    set up, then the tests'
 	@echo 'make check   format, lint and types'
 	@echo 'make bench   speed on this machine'
+	@echo 'make adapter train the embedded model'\''s adapter again, in runs/ (hours; continues where it was stopped)'
 	@echo 'make docs    rewrite docs/commands.md from the help pages'
 	@echo 'make setup   only make the environment, in .venv'
 
@@ -49,6 +50,9 @@ bench: .venv/.ready-test
 
 docs: .venv/.ready
 	$(BIN)/python -m trimode.cli.pages docs/commands.md
+
+adapter: .venv/.ready
+	$(BIN)/trimode train recipes/smollm2-135m/adapter.toml --output runs/smollm2-135m
 
 $(BIN)/python:
 	@test -n '$(PYTHON)' || { echo 'Python 3.11 or newer is needed, and none was found.' \

@@ -17,7 +17,7 @@ from trimode.training.trainer import TrainSettings
 
 __all__ = ["AdapterShape", "DataSettings", "Recipe", "Source", "read_recipe"]
 
-ObjectiveName = Literal["adapter", "joint", "diffusion", "ar", "drafter"]
+ObjectiveName = Literal["adapter"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
