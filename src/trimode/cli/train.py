@@ -24,7 +24,7 @@ def train(
     threads: Threads = None,
     json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON on standard output.")] = False,
 ) -> None:
-    """Train by a recipe: convert a model with an adapter, train it whole, or train a drafter.
+    """Train by a recipe: an adapter that makes an autoregressive model tri-mode, its own text untouched.
 
     Ctrl-C or SIGTERM saves and ends; the same command continues, bit for bit.
     """
@@ -64,6 +64,7 @@ def run(recipe: Any, output: Path, device: str | None, threads: int | None) -> d
         take_adapter,
     )
     from trimode.training.data import Mixture, read_documents
+    from trimode.training.encode import make_encode
     from trimode.training.run_state import RunDirectory
     from trimode.training.trainer import Interrupted
     from trimode.training.trainer import train as train_model
@@ -72,13 +73,14 @@ def run(recipe: Any, output: Path, device: str | None, threads: int | None) -> d
     target = pick_device(device)
     checkpoint = open_checkpoint(recipe.base)
     run_directory = RunDirectory(output, identity=recipe.identity())
+    encode = make_encode(checkpoint)
     skipped: list[str] = []
     skip = skipped.append if recipe.data.bad_lines == "skip" else None
     sources = [
         (
             read_documents(
                 Path(source.path),
-                _no_text,
+                encode,
                 max_tokens=recipe.data.max_tokens,
                 vocab_size=checkpoint.config.vocab_size,
                 skip=skip,
@@ -91,8 +93,7 @@ def run(recipe: Any, output: Path, device: str | None, threads: int | None) -> d
         screen.say(f"{len(skipped)} lines skipped; the first: {skipped[0]}")
     first, held = split_held_out(sources[0][0], recipe.data.held_out)
     data = Mixture([(first, sources[0][1]), *sources[1:]], seed=recipe.train.seed)
-    frozen = recipe.objective in ("adapter", "drafter")
-    dtype = DTYPES[recipe.dtype] if frozen else DTYPES["float32"]
+    dtype = DTYPES[recipe.dtype]
     transformer = Transformer(checkpoint.config, dtype=dtype)
     transformer.load(checkpoint.tensors(dtype=dtype, device=target), pack=False)
     model = make_model(recipe, transformer)
@@ -145,7 +146,3 @@ def run(recipe: Any, output: Path, device: str | None, threads: int | None) -> d
         "steps": recipe.train.steps,
         **({"last": history[-1]} if history else {}),
     }
-
-
-def _no_text(value: Any) -> Any:
-    raise NotImplementedError

@@ -34,7 +34,7 @@ HELD_OUT_DOCUMENTS_PER_FORWARD = 8
 def make_model(recipe: Recipe, transformer: Transformer) -> TrainableModel:
     """What the recipe trains, over a transformer loaded unpacked: in the recipe's dtype where it stays frozen, else in float32."""
     config = transformer.config
-    if recipe.objective != "ar" and config.mask_token_id is None:
+    if config.mask_token_id is None:
         raise MissingMaskTokenError(
             f"{recipe.base} names no mask token. Set mask_token_id under 'trimode' in its config.json to an unused token."
         )
@@ -42,15 +42,13 @@ def make_model(recipe: Recipe, transformer: Transformer) -> TrainableModel:
         raise TrainingError(
             f"data.max_tokens={recipe.data.max_tokens:,} exceeds the base's context of {config.max_positions:,}. Use less."
         )
-    if recipe.objective not in ("adapter", "drafter"):
-        return TrainableModel(transformer)
     shape = recipe.adapter
     adapter = AdapterParameters(
         transformer,
         rank=shape.rank,
         alpha=shape.alpha,
         parts=shape.parts,
-        mask_embedding=recipe.objective == "adapter",
+        mask_embedding=True,
         seed=recipe.train.seed,
     )
     return TrainableModel(transformer, adapter.to(transformer.embedding.weight.device))

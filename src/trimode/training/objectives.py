@@ -49,8 +49,6 @@ class ConversionSettings:
     blocks_per_document: int = 32
     partial: float = 0.25
     """Share of samples whose blocks hold known tokens between the masks."""
-    errors: float = 0.0
-    """Share of those known tokens that are replaced by random ones (revision)."""
     decay: float = 4.0
     """Weight exp(-distance / decay), the distance counted from the last known token."""
     distill: float = 0.5

@@ -42,7 +42,7 @@ class DataSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterShape:
-    """The LoRA of the objectives `adapter` and `drafter`."""
+    """The LoRA of the objective `adapter`."""
 
     rank: int = 64
     alpha: float = 64.0
@@ -62,12 +62,10 @@ class Recipe:
     train: TrainSettings
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """What products are computed in; trained parameters are float32 always."""
-    checkpoint_activations: bool = False
-    """Recompute each layer in the backward pass: less memory, a third more time."""
     adapter: AdapterShape = field(default_factory=AdapterShape)
     blocks: ConversionSettings = field(default_factory=ConversionSettings)
     block_length: int = 8
-    """What the trained checkpoint decodes with unless told otherwise; `joint` and `diffusion`: the length trained on."""
+    """What the trained checkpoint decodes with unless told otherwise."""
 
     def identity(self) -> dict[str, Any]:
         """What must stay the same for a run to be continued; its length and how often it saves may change."""
