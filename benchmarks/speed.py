@@ -101,7 +101,7 @@ def time_theirs(peer, prompt_ids, num_tokens):
 def forward_costs(model, rounds: int, num_cached: int = 256) -> dict:
     """Milliseconds of a causal forward over T positions behind a cached prefix, all logits included."""
     config = model.config
-    cache = KeyValueCache(config, 1, num_cached + max(NUM_POSITIONS), dtype=model.dtype)
+    cache = KeyValueCache(config, [num_cached + max(NUM_POSITIONS)], dtype=model.dtype)
     times: dict[int, list[float]] = {T: [] for T in NUM_POSITIONS}
     for round_ in range(-2, rounds):
         for T in NUM_POSITIONS:

@@ -281,3 +281,24 @@ def test_top_k_keeps_k_tokens_even_where_they_tie_and_min_p_cuts_at_its_share():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     kept = truncated_distribution(logits, Settings(temperature=1.0, min_p=0.5))
     torch.testing.assert_close(kept, torch.tensor([[0.625, 0.375, 0.0, 0.0]], dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+def test_a_batch_takes_the_memory_of_its_requests_not_of_its_longest_one(monkeypatch):
+    from trimode.engine import language_model
+
+    made = []
+
+    class Watched(language_model.KeyValueCache):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(self.num_bytes)
+
+    monkeypatch.setattr(language_model, "KeyValueCache", Watched)
+    prompts = [[5]] * 7 + [[7] * 400] + [[6, 7]] * 8
+    together = MODEL.generate(prompts, mode="ar", max_new_tokens=5)
+    alone = [MODEL.generate(prompt, mode="ar", max_new_tokens=5) for prompt in prompts]
+    assert made[0] < 1.2 * sum(made[1:])
+    assert [out.token_ids for out in together] == [out.token_ids for out in alone]
+    # equal lengths share one kernel call, and take no more than they need
+    MODEL.generate([[5, 6]] * 3, mode="ar", max_new_tokens=5)
+    assert made[-1] == 3 * made[-2]

@@ -248,13 +248,11 @@ class LanguageModel:
         yield StreamEvent(kind="finish", text=rest, output=self._output(answer))
 
     def _run(self, answers: Sequence[_Answer], start: float, observe: Observer | None) -> Iterator[None]:
-        generations = [a.generation for a in answers]
+        # longest last: slots of one length then stand side by side
+        generations = sorted((a.generation for a in answers), key=_num_positions)
         of = {id(a.generation): a for a in answers}
-        capacity = max(
-            len(g.prompt) + len(g.canvas) + g.settings.max_new_tokens + g.decoder.num_scratch(g.settings, g.traits)
-            for g in generations
-        )
-        cache = KeyValueCache(self.config, len(generations), capacity, dtype=self.dtype, device=self.device)
+        lengths = _slot_lengths([_num_positions(g) for g in generations])
+        cache = KeyValueCache(self.config, lengths, dtype=self.dtype, device=self.device)
         runner = Runner(self.transformer, cache, lora=self.adapter, kernel=self._attention)
         runner.seat(generations)
 
@@ -581,3 +579,18 @@ class LanguageModel:
         save_checkpoint(directory, self.config, self.transformer.dense_tensors(), adapter=self.adapter)
         if self.tokenizer is not None:
             self.tokenizer.save(directory)
+
+
+def _num_positions(g: Generation) -> int:
+    """Positions that prompt, answer and scratch of a generation may take in the cache."""
+    scratch = g.decoder.num_scratch(g.settings, g.traits)
+    return len(g.prompt) + g.settings.max_new_tokens + scratch
+
+
+def _slot_lengths(needs: Sequence[int]) -> list[int]:
+    """Each need, raised to the greatest within the same power of two: neighbours of similar length can share a kernel call,
+    and the cache stays below twice what is needed."""
+    longest: dict[int, int] = {}
+    for need in needs:
+        longest[need.bit_length()] = max(need, longest.get(need.bit_length(), 0))
+    return [longest[need.bit_length()] for need in needs]

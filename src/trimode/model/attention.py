@@ -112,7 +112,7 @@ class Span:
 
 @dataclass(slots=True)
 class _Group:
-    """Rows that one kernel call serves: neighbours of equal length in neighbouring slots."""
+    """Rows that one kernel call serves: neighbours of equal length in neighbouring slots of equal length."""
 
     first: Span
     num_rows: int
@@ -133,37 +133,39 @@ class CachedAttention:
         self._cache = cache
         self._kernel = KERNELS[kernel]
         self._fused = kernel == "sdpa"
-        self._groups = [_group(rows, device, needs_mask=not self._fused) for rows in _neighbours(spans)]
-        positions = [s.slot * cache.capacity + s.cached + i for s in spans for i in range(s.length)]
+        self._groups = [_group(rows, device, needs_mask=not self._fused) for rows in _neighbours(spans, cache)]
+        positions = [cache.starts[s.slot] + s.cached + i for s in spans for i in range(s.length)]
         self._flat_positions = torch.tensor(positions, dtype=torch.long, device=device)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self._cache.write(layer, self._flat_positions, k, v)
-        keys, values = self._cache.keys[layer], self._cache.values[layer]
         parts = []
         for g in self._groups:
             n, T = g.num_rows, g.first.length
             queries = q[g.first.start : g.first.start + n * T].view(n, T, *q.shape[1:]).transpose(1, 2)
-            slots = slice(g.first.slot, g.first.slot + n)
-            over = keys[slots, : g.num_keys].transpose(1, 2)
-            values_over = values[slots, : g.num_keys].transpose(1, 2)
+            keys, values = self._cache.read(layer, g.first.slot, n, g.num_keys)
             if self._fused and g.is_prefill:
-                out = _causal_sdpa(queries, over, values_over)
+                out = _causal_sdpa(queries, keys, values)
             elif self._fused:
                 if g.visible is not None and g.mask is None:
                     g.mask = _grouped_mask(g.visible, q.shape[1] // k.shape[1], q.dtype)
-                out = _grouped_sdpa(queries, over, values_over, g.mask)
+                out = _grouped_sdpa(queries, keys, values, g.mask)
             else:
-                out = self._kernel(queries, over, values_over, g.visible)
+                out = self._kernel(queries, keys, values, g.visible)
             parts.append(out.transpose(1, 2).flatten(0, 1))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _neighbours(spans: Sequence[Span]) -> list[list[Span]]:
+def _neighbours(spans: Sequence[Span], cache: KeyValueCache) -> list[list[Span]]:
     groups: list[list[Span]] = []
     for span in spans:
         last = groups[-1][-1] if groups else None
-        if last is not None and last.length == span.length and last.slot + 1 == span.slot:
+        if (
+            last is not None
+            and last.length == span.length
+            and last.slot + 1 == span.slot
+            and cache.lengths[last.slot] == cache.lengths[span.slot]
+        ):
             groups[-1].append(span)
         else:
             groups.append([span])

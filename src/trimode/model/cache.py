@@ -4,6 +4,9 @@ A forward writes its keys after a row's cursor; whether they stay is decided lat
 overwritten by the next step: nothing is copied, cropped or rolled back.
 """
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -13,32 +16,42 @@ __all__ = ["KeyValueCache"]
 
 
 class KeyValueCache:
-    """Room for `num_slots` generations of `capacity` positions each."""
+    """Room for one generation a slot, each slot of its own length, one behind the other."""
 
     def __init__(
         self,
         config: ModelConfig,
-        num_slots: int,
-        capacity: int,
+        lengths: Sequence[int],
         *,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> None:
-        shape = (num_slots, capacity, config.num_kv_heads, config.head_size)
-        # zeros, not empty: a batch attends over the longest row, and masked garbage could be NaN, which survives a zero weight
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
-        self._flat_keys = [t.flatten(0, 1) for t in self.keys]
-        self._flat_values = [t.flatten(0, 1) for t in self.values]
-        self.num_slots = num_slots
-        self.capacity = capacity
+        self.lengths = tuple(lengths)
+        """Positions of each slot."""
+        ends = list(accumulate(self.lengths))
+        self.starts = (0, *ends[:-1])
+        """Where each slot begins among the positions of all."""
+        shape = (ends[-1], config.num_kv_heads, config.head_size)
+        # zeros, not empty: rows of one batch attend over the longest of them, and masked garbage could be NaN, which survives a
+        # zero weight
+        self._keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        self._values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
 
     def write(self, layer: int, flat_positions: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Put keys and values [N, G, K] at positions counted over all slots (slot * capacity + position)."""
-        self._flat_keys[layer].index_copy_(0, flat_positions, keys)
-        self._flat_values[layer].index_copy_(0, flat_positions, values)
+        """Put keys and values [N, G, K] at positions counted over all slots (starts[slot] + position)."""
+        self._keys[layer].index_copy_(0, flat_positions, keys)
+        self._values[layer].index_copy_(0, flat_positions, values)
+
+    def read(self, layer: int, slot: int, num_slots: int, num_positions: int) -> tuple[Tensor, Tensor]:
+        """The first keys and values of neighbouring slots of equal length, as views [num_slots, G, num_positions, K]."""
+        keys, values = self._keys[layer], self._values[layer]
+        _, G, K = keys.shape
+        size = (num_slots, G, num_positions, K)
+        stride = (self.lengths[slot] * G * K, K, G * K, 1)
+        offset = self.starts[slot] * G * K
+        return keys.as_strided(size, stride, offset), values.as_strided(size, stride, offset)
 
     @property
     def num_bytes(self) -> int:
         """Memory held."""
-        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+        return sum(t.numel() * t.element_size() for t in (*self._keys, *self._values))
