@@ -7,6 +7,7 @@ from jaxtyping import install_import_hook
 import tests.checker  # noqa: F401  the hook looks it up by name
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # decoding.settings checks what users give by itself, with better words
 CHECKED = [
     "trimode.model",
