@@ -273,9 +273,11 @@ class NoisyBlocks:
 class BlocksOverText:
     """Attention of noisy blocks over recorded clean texts: what a decoder's block step sees, for many blocks at once."""
 
-    def __init__(self, clean: Recorded, texts: Sequence[NoisyBlocks]) -> None:
+    def __init__(self, clean: Recorded, texts: Sequence[NoisyBlocks], *, causal: bool = False) -> None:
+        """causal: a block's inputs see one another causally, as in a verification."""
         self._clean = clean
         self._texts = texts
+        self._causal = causal
         self._hidden: list[Tensor] = []
         for text in texts:
             num_keys = int(text.anchors.max()) + 1
@@ -297,7 +299,11 @@ class BlocksOverText:
             block_keys, block_values = (x[own].view(n, m, G, K).permute(2, 0, 1, 3)[:, None] for x in (k, v))
             text_keys, text_values = (x[text.start : text.start + S].transpose(0, 1) for x in (keys, values))
             over_text = (queries.reshape(G, -1, K) @ text_keys.mT).view(G, H // G, n, m, S)
-            scores = torch.cat((over_text.masked_fill(hidden, float("-inf")), queries @ block_keys.mT), dim=-1)
+            over_block = queries @ block_keys.mT
+            if self._causal:
+                later = torch.ones(m, m, dtype=torch.bool, device=q.device).triu(1)
+                over_block = over_block.masked_fill(later, float("-inf"))
+            scores = torch.cat((over_text.masked_fill(hidden, float("-inf")), over_block), dim=-1)
             weights = scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype)
             out = (weights[..., :S].reshape(G, -1, S) @ text_values).view(G, H // G, n, m, K)
             out = out + weights[..., S:] @ block_values
