@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from trimode.model.lora import Lora
+    from trimode.text.tokenizer import Tokenizer
 
 __all__ = ["Checkpoint", "describe", "open_checkpoint", "save_checkpoint"]
 
@@ -98,6 +99,14 @@ class Checkpoint:
                 "Use the base that it belongs to, or train one for this base with trimode convert."
             )
         return adapter.read()
+
+    def tokenizer(self) -> "Tokenizer | None":
+        """The checkpoint's own, if it brings one."""
+        from trimode.text.tokenizer import Tokenizer
+
+        if self.gguf_metadata is not None:
+            return Tokenizer.from_gguf_metadata(self.gguf_metadata)
+        return Tokenizer.from_directory(self.path)
 
     def fingerprint(self) -> dict[str, Any]:
         """What an adapter keeps of its base."""

@@ -1,6 +1,7 @@
 """`trimode train`: run a recipe."""
 
 import json as json_module
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,7 @@ import typer
 from trimode.cli import screen
 from trimode.cli.options import Device, Threads, whole_number
 
-__all__ = ["train"]
+__all__ = ["run", "train"]
 
 
 def train(
@@ -24,9 +25,12 @@ def train(
     threads: Threads = None,
     json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON on standard output.")] = False,
 ) -> None:
-    """Train by a recipe: an adapter that makes an autoregressive model tri-mode, its own text untouched.
+    """Train by a recipe.
 
-    Ctrl-C or SIGTERM saves and ends; the same command continues, bit for bit.
+    Its objective is adapter (a LoRA that makes an autoregressive model tri-mode, its own text untouched), joint,
+    diffusion or ar (the weights, or a LoRA merged into them), or drafter (a LoRA for the drafts of a tri-mode
+    checkpoint). Ctrl-C or SIGTERM saves and ends; the same command continues, bit for bit. Under torchrun the ranks
+    share the batch.
     """
     num_threads = None if threads is None else whole_number(threads, "--threads", low=1)
     # torch is imported from here on
@@ -34,48 +38,57 @@ def train(
 
     settings = read_recipe(Path(recipe), changes or [])
     summary = run(settings, Path(output), device, num_threads)
+    if not is_first_rank():
+        return
     if json:
         screen.print_json(summary)
     else:
         screen.say(json_module.dumps(summary))
 
 
-def run(recipe: Any, output: Path, device: str | None, threads: int | None) -> dict[str, Any]:
-    """Train as the recipe says and write what came of it; the summary."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+def is_first_rank() -> bool:
+    """Whether this process may speak and write: the only one, or torchrun's first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def run(recipe: Any, output: Path, device: str | None, threads: int | None, checkpoint: Any = None) -> dict[str, Any]:
+    """Train as the recipe says and write what came of it; the summary. `checkpoint`: the base, opened already."""
+    from contextlib import ExitStack
 
     from trimode.checkpoint import open_checkpoint
-    from trimode.device import pick_device, set_threads
-    from trimode.model.transformer import Transformer
-    from trimode.training.convert import (
-        DTYPES,
-        Held,
-        export_adapter,
-        make_model,
-        make_objective,
-        split_held_out,
-        take_adapter,
-    )
-    from trimode.training.data import Mixture, read_documents
-    from trimode.training.encode import make_encode
-    from trimode.training.run_state import RunDirectory
-    from trimode.training.trainer import Interrupted
-    from trimode.training.trainer import train as train_model
+    from trimode.device import set_threads
 
     set_threads(threads)
+    with ExitStack() as stack:
+        target = _join_ranks(device, stack)
+        return _run(recipe, output, target, checkpoint or open_checkpoint(recipe.base))
+
+
+def _join_ranks(device: str | None, stack: Any) -> Any:
+    """The device of this rank; under torchrun the ranks find each other first."""
+    import torch
+    import torch.distributed as dist
+
+    from trimode.device import pick_device
+
     target = pick_device(device)
-    checkpoint = open_checkpoint(recipe.base)
-    run_directory = RunDirectory(output, identity=recipe.identity())
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if target.type == "cuda":
+            target = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(target)
+        dist.init_process_group("nccl" if target.type == "cuda" else "gloo")
+        stack.callback(dist.destroy_process_group)
+    return target
+
+
+def _documents(recipe: Any, checkpoint: Any) -> tuple[Any, list[Any]]:
+    """The mixture to train on, and the documents kept aside."""
+    from trimode.training.convert import split_held_out
+    from trimode.training.data import Mixture, read_documents
+    from trimode.training.encode import make_encode
+
     encode = make_encode(checkpoint)
     skipped: list[str] = []
-    skip = skipped.append if recipe.data.bad_lines == "skip" else None
     sources = [
         (
             read_documents(
@@ -83,66 +96,165 @@ def run(recipe: Any, output: Path, device: str | None, threads: int | None) -> d
                 encode,
                 max_tokens=recipe.data.max_tokens,
                 vocab_size=checkpoint.config.vocab_size,
-                skip=skip,
+                skip=skipped.append if recipe.data.bad_lines == "skip" else None,
             ),
             source.weight,
         )
         for source in recipe.data.sources
     ]
-    if skipped:
+    if skipped and is_first_rank():
         screen.say(f"{len(skipped)} lines skipped; the first: {skipped[0]}")
     first, held = split_held_out(sources[0][0], recipe.data.held_out)
-    data = Mixture([(first, sources[0][1]), *sources[1:]], seed=recipe.train.seed)
-    dtype = DTYPES[recipe.dtype]
+    return Mixture([(first, sources[0][1]), *sources[1:]], seed=recipe.train.seed), held
+
+
+def _run(recipe: Any, output: Path, target: Any, checkpoint: Any) -> dict[str, Any]:
+    import torch
+
+    from trimode.model.transformer import Transformer
+    from trimode.training import convert
+    from trimode.training.memory import training_memory
+    from trimode.training.run_state import RunDirectory
+    from trimode.training.trainer import Interrupted
+    from trimode.training.trainer import train as train_model
+
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    run_directory = RunDirectory(output, identity=recipe.identity())
+    data, held = _documents(recipe, checkpoint)
+    if is_first_rank():
+        memory = training_memory(checkpoint.config, recipe, num_ranks)
+        screen.say(
+            f"needs about {memory.total / 1e9:.2f} GB: weights {memory.weights / 1e9:.2f}, gradients "
+            f"{memory.gradients / 1e9:.2f}, optimiser {memory.optimizer / 1e9:.2f}, activations {memory.activations / 1e9:.2f}"
+        )
+    full = recipe.weights == "full"
+    dtype = torch.float32 if full else convert.DTYPES[recipe.dtype]
     transformer = Transformer(checkpoint.config, dtype=dtype)
     transformer.load(checkpoint.tensors(dtype=dtype, device=target), pack=False)
-    model = make_model(recipe, transformer)
+    model = convert.make_model(recipe, transformer)
     if recipe.adapter.initial is not None:
-        take_adapter(model, Path(recipe.adapter.initial))
-    history: list[dict[str, Any]] = []
-    log = (output / "log.jsonl").open("a", encoding="utf-8")
-    columns = (
-        TextColumn("update"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[state]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with log, Progress(*columns, console=screen.errors_console()) as bar:
-        task = bar.add_task("", total=recipe.train.steps, state="")
-
-        def tell(progress: Any) -> None:
-            record = {
-                "step": progress.step,
-                "loss": progress.loss,
-                "rate": progress.rate,
-                "grad_norm": progress.grad_norm,
-                "seconds": progress.seconds,
-                **progress.parts,
-                **{f"held_out_{name}": value for name, value in (progress.evaluation or {}).items()},
-            }
-            history.append(record)
-            log.write(json_module.dumps(record) + "\n")
-            log.flush()
-            bar.update(task, completed=progress.step, state=f"loss {progress.loss:.3f}  {progress.seconds:.1f} s")
-
+        convert.take_adapter(model, Path(recipe.adapter.initial))
+    if recipe.train.shard and num_ranks > 1:
+        convert.shard(model)
+    with _Log(output, recipe.train.steps) as log:
         try:
             train_model(
                 model,
-                make_objective(recipe),
+                convert.make_objective(recipe),
                 data,
                 recipe.train,
                 run_directory,
-                tell=tell,
-                evaluate=Held(held, recipe.block_length) if held else None,
+                autocast=full and recipe.dtype == "bfloat16",
+                tell=log.tell,
+                evaluate=convert.Held(held, recipe) if held else None,
             )
         except Interrupted as end:
-            screen.say(f"{end}: saved in {output}. The same command continues.")
+            if is_first_rank():
+                screen.say(f"{end}: saved in {output}. The same command continues.")
             raise typer.Exit(128 + end.signum) from None
-    export_adapter(output / "adapter", model, recipe, checkpoint.fingerprint())
-    return {
-        "adapter": str(output / "adapter"),
-        "steps": recipe.train.steps,
-        **({"last": history[-1]} if history else {}),
-    }
+    log.draw(recipe)
+    summary: dict[str, Any] = {"steps": recipe.train.steps, **({"last": log.history[-1]} if log.history else {})}
+    if recipe.objective in ("adapter", "drafter"):
+        if is_first_rank():
+            convert.export_adapter(output / "adapter", model, recipe, checkpoint.fingerprint())
+        return {"adapter": str(output / "adapter"), **summary}
+    convert.export_checkpoint(output / "checkpoint", model, recipe, checkpoint.tokenizer())
+    return {"checkpoint": str(output / "checkpoint"), **summary}
+
+
+class _Log:
+    """A run's progress: a bar on the screen, lines of JSON, TensorBoard's events where it is installed."""
+
+    def __init__(self, output: Path, num_steps: int) -> None:
+        self.history: list[dict[str, Any]] = []
+        self._output = output
+        self._num_steps = num_steps
+
+    def __enter__(self) -> "_Log":
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self._file: Any = None
+        self._events: Any = None
+        if not is_first_rank():
+            return self
+        self._file = (self._output / "log.jsonl").open("a", encoding="utf-8")
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(self._output / "events"))
+        except ImportError:
+            pass
+        columns = (
+            TextColumn("update"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self._bar = Progress(*columns, console=screen.errors_console())
+        self._bar.start()
+        self._task = self._bar.add_task("", total=self._num_steps, state="")
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        if self._file is not None:
+            self._bar.stop()
+            self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+    def tell(self, progress: Any) -> None:
+        """Take down one update."""
+        record = {
+            "step": progress.step,
+            "loss": progress.loss,
+            "rate": progress.rate,
+            "grad_norm": progress.grad_norm,
+            "seconds": progress.seconds,
+            **progress.parts,
+            **{f"held_out_{name}": value for name, value in (progress.evaluation or {}).items()},
+        }
+        self.history.append(record)
+        if self._file is None:
+            return
+        self._file.write(json_module.dumps(record) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            for name, value in record.items():
+                self._events.add_scalar(name, value, progress.step)
+        self._bar.update(
+            self._task, completed=progress.step, state=f"loss {progress.loss:.3f}  {progress.seconds:.1f} s"
+        )
+
+    def draw(self, recipe: Any) -> None:
+        """The whole run as a picture, where matplotlib is installed."""
+        if self._file is None:
+            return
+        from trimode.viz.curves import training_curves
+
+        # a line that a crash cut off, or an update that was done again, is left out
+        records: dict[int, dict[str, Any]] = {}
+        for line in (self._output / "log.jsonl").read_text(encoding="utf-8").splitlines():
+            try:
+                record = json_module.loads(line)
+            except ValueError:
+                continue
+            records[record["step"]] = record
+        if not records:
+            return
+        try:
+            training_curves(
+                [records[step] for step in sorted(records)],
+                self._output / "curves.png",
+                f"{Path(recipe.base).name}: {recipe.objective}",
+            )
+        except ImportError:
+            screen.say("curves.png is not drawn: matplotlib is not installed (pip install 'trimode[plots]').")

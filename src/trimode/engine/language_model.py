@@ -78,10 +78,7 @@ def load(
     wanted = pick_dtype(dtype, checkpoint.stored_dtype)
     transformer = Transformer(checkpoint.config, dtype=wanted)
     transformer.load(checkpoint.tensors(dtype=wanted, device=target), pack=target.type == "cpu")
-    if checkpoint.gguf_metadata is not None:
-        tokenizer = Tokenizer.from_gguf_metadata(checkpoint.gguf_metadata)
-    else:
-        tokenizer = Tokenizer.from_directory(checkpoint.path)
+    tokenizer = checkpoint.tokenizer()
     lora = checkpoint.adapter()
     if lora is not None and target.type != "cpu":
         lora = lora.to(target)

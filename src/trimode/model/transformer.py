@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from trimode.errors import CheckpointError
 from trimode.model.attention import Attend
@@ -180,6 +181,8 @@ class Transformer(nn.Module):
         frequencies, self._rope_scale = inverse_frequencies(config.rope, config.head_size)
         # a plain attribute: .to(bfloat16) must never round it
         self._frequencies = frequencies
+        self.recompute = False
+        """Training keeps the inputs of each layer only, and computes the rest again for the gradient."""
 
     def forward(
         self,
@@ -208,7 +211,11 @@ class Transformer(nn.Module):
         if lora_rows is not None and len(lora_rows) == len(x):
             lora_rows = None  # all of them: no gathering and scattering
         for layer in self.layers:
-            x = layer(x, cos, sin, scale, attend, lora, lora_rows)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, scale, attend, lora, lora_rows, use_reentrant=False)
+                assert isinstance(x, Tensor)
+            else:
+                x = layer(x, cos, sin, scale, attend, lora, lora_rows)
         return self.norm(x)[:num_rows]
 
     def logits(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:

@@ -1,32 +1,46 @@
 """From a recipe to a run, and from a run to a checkpoint that decodes in every mode."""
 
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
+from trimode.checkpoint import Checkpoint, save_checkpoint
 from trimode.checkpoint.adapter_files import open_adapter, save_adapter
+from trimode.diffusion.corruption import SampleNoise
 from trimode.errors import DataError, MissingMaskTokenError, TrainingError
+from trimode.model.config import ModelConfig
 from trimode.model.lora import Lora
 from trimode.model.transformer import Transformer
+from trimode.text.tokenizer import Tokenizer
 from trimode.training.data import Document, TokenBatch, pack
+from trimode.training.drafter import accepted_drafts, train_drafter
+from trimode.training.joint import autoregressive, diffusion, joint
 from trimode.training.objectives import Objective, convert_adapter, matched_drafts
 from trimode.training.recipe import Recipe
-from trimode.training.trainable import AdapterParameters, TrainableModel
+from trimode.training.trainable import AdapterParameters, TrainableModel, merged_tensors
 
 __all__ = [
     "DTYPES",
     "Held",
     "adapter_facts",
+    "choose_mask",
     "export_adapter",
+    "export_checkpoint",
     "make_model",
     "make_objective",
+    "shard",
     "split_held_out",
     "take_adapter",
+    "write_converted",
 ]
 
+_UNUSED = re.compile(r"mask|unused|reserved|placeholder|extra_id|SPECIAL_\d", re.IGNORECASE)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 HELD_OUT_DOCUMENTS_PER_FORWARD = 8
 
@@ -42,13 +56,21 @@ def make_model(recipe: Recipe, transformer: Transformer) -> TrainableModel:
         raise TrainingError(
             f"data.max_tokens={recipe.data.max_tokens:,} exceeds the base's context of {config.max_positions:,}. Use less."
         )
+    transformer.recompute = recipe.train.recompute
+    if recipe.weights == "full":
+        return TrainableModel(transformer)
+    if recipe.objective == "drafter" and (not config.trained_for_blocks or config.adapter_acts_on != "draft"):
+        raise TrainingError(
+            f"{recipe.base} is not a checkpoint whose own block view drafts, so it takes no drafter. "
+            "Use objective = 'adapter' to convert it, or 'joint' to train its weights."
+        )
     shape = recipe.adapter
     adapter = AdapterParameters(
         transformer,
         rank=shape.rank,
         alpha=shape.alpha,
         parts=shape.parts,
-        mask_embedding=True,
+        mask_embedding=recipe.objective == "adapter",
         seed=recipe.train.seed,
     )
     return TrainableModel(transformer, adapter.to(transformer.embedding.weight.device))
@@ -56,7 +78,25 @@ def make_model(recipe: Recipe, transformer: Transformer) -> TrainableModel:
 
 def make_objective(recipe: Recipe) -> Objective:
     """The objective that the recipe names."""
-    return convert_adapter(recipe.blocks)
+    match recipe.objective:
+        case "adapter":
+            return convert_adapter(recipe.blocks)
+        case "drafter":
+            return train_drafter(recipe.drafter, recipe.block_length)
+        case "joint":
+            return joint(recipe.joint, recipe.block_length)
+        case "diffusion":
+            return diffusion(recipe.joint, recipe.block_length)
+        case "ar":
+            return autoregressive()
+
+
+def shard(model: TrainableModel) -> None:
+    """Spread the layers' weights over the ranks; what lies outside of them stays whole on each."""
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.transformer.layers:
+        fully_shard(layer)
 
 
 def split_held_out(documents: list[Document], count: int) -> tuple[list[Document], list[Document]]:
@@ -69,17 +109,26 @@ def split_held_out(documents: list[Document], count: int) -> tuple[list[Document
 
 
 class Held:
-    """Measures drafts on held-out documents; given to the trainer as its evaluation."""
+    """Measures on held-out documents what the recipe is after; given to the trainer as its evaluation."""
 
-    def __init__(self, documents: list[Document], block_length: int) -> None:
+    def __init__(self, documents: list[Document], recipe: Recipe) -> None:
         self._documents = documents
-        self._block_length = block_length
+        self._recipe = recipe
+
+    def _measure(self, model: TrainableModel, batch: TokenBatch) -> dict[str, float]:
+        block_length = self._recipe.block_length
+        if self._recipe.objective == "adapter":
+            return matched_drafts(model, batch, block_length=block_length)
+        if self._recipe.objective == "drafter":
+            return accepted_drafts(model, batch, block_length=block_length)
+        loss = make_objective(self._recipe)(model, batch, SampleNoise(0))
+        return {"loss": float(loss.total) / loss.count}
 
     def __call__(self, model: TrainableModel) -> dict[str, float]:
         sums: dict[str, float] = {}
         num = 0
         for batch in self._batches(model.device):
-            for name, value in matched_drafts(model, batch, block_length=self._block_length).items():
+            for name, value in self._measure(model, batch).items():
                 sums[name] = sums.get(name, 0.0) + value * len(batch.lengths)
             num += len(batch.lengths)
         return {name: value / num for name, value in sums.items()}
@@ -93,6 +142,8 @@ class Held:
 
 def adapter_facts(recipe: Recipe, fingerprint: dict[str, object]) -> dict[str, object]:
     """The object `"trimode"` of the adapter's config."""
+    if recipe.objective == "drafter":
+        return {"adapter_acts_on": "draft", "base_fingerprint": fingerprint}
     return {
         "known_tokens_are_causal": True,
         "adapter_acts_on": "masks",
@@ -123,6 +174,80 @@ def export_adapter(directory: Path, model: TrainableModel, recipe: Recipe, finge
         raise TrainingError(f"Cannot write {directory}: {error.strerror}. The run's state is intact.") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)  # gone already if all went well
+
+
+def export_checkpoint(directory: Path, model: TrainableModel, recipe: Recipe, tokenizer: Tokenizer | None) -> None:
+    """Write trained weights as a Hugging Face directory in bfloat16, in place of an earlier one. Under torchrun every rank calls this
+    and the first one writes."""
+    config = model.config
+    if recipe.objective != "ar":
+        config = replace(
+            config,
+            trained_for_blocks=True,
+            block_predicts="self",
+            known_tokens_are_causal=False,
+            adapter_acts_on="draft",
+            block_length=recipe.block_length,
+        )
+    tensors = ((name, tensor.bfloat16().cpu()) for name, tensor in merged_tensors(model))
+    if dist.is_initialized() and dist.get_rank() != 0:
+        for _ in tensors:  # takes part in gathering
+            pass
+        return
+    old = directory.parent / f".{directory.name}.{secrets.token_hex(4)}"
+    try:
+        if directory.exists():
+            directory.rename(old)
+        save_checkpoint(directory, config, tensors)
+        if tokenizer is not None:
+            tokenizer.save(directory)
+    except OSError as error:
+        raise TrainingError(f"Cannot write {directory}: {error.strerror}. The run's state is intact.") from error
+    finally:
+        if old.exists() and not directory.exists():
+            old.rename(directory)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def choose_mask(config: ModelConfig, tokenizer: Tokenizer | None, wanted: str | None = None) -> int:
+    """The token that shall stand for what is not known yet: the wanted one, the config's own, or one that no text holds. Raises
+    MissingMaskTokenError."""
+    if wanted is not None:
+        token = int(wanted) if wanted.isascii() and wanted.isdigit() else None
+        if token is None and tokenizer is not None:
+            token = tokenizer.token_to_id(wanted)
+        if token is None or not 0 <= token < config.vocab_size or token in config.eos_token_ids:
+            raise MissingMaskTokenError(
+                f"{wanted!r} cannot be the mask: it is no token of the vocabulary, or ends texts."
+            )
+        return token
+    if config.mask_token_id is not None:
+        return config.mask_token_id
+    if tokenizer is not None:
+        free = sorted(tokenizer.special_ids - {config.bos_token_id, *config.eos_token_ids})
+        unused = [i for i in free if _UNUSED.search(tokenizer.id_to_token(i) or "")]
+        if unused:
+            return unused[-1]
+        # rows of the embedding that fill it up to a round number
+        if tokenizer.id_to_token(config.vocab_size - 1) is None:
+            return config.vocab_size - 1
+    raise MissingMaskTokenError(
+        "The vocabulary has no room for a mask: no reserved token and no spare row. Name a token that no text holds by --mask-token."
+    )
+
+
+def write_converted(directory: Path, run: Path, recipe: Recipe, base: Checkpoint) -> None:
+    """The checkpoint that a finished run makes of its base."""
+    if recipe.objective != "adapter":
+        shutil.copytree(run / "checkpoint", directory, dirs_exist_ok=True)
+        return
+    stored = open_adapter(run / "adapter", base.config)
+    dtype = DTYPES.get(base.stored_dtype, torch.bfloat16)
+    extra = {"trimode": {**stored.facts, "base_fingerprint": stored.base}}
+    save_checkpoint(directory, base.config, base.tensors(dtype=dtype), adapter=stored.read(), adapter_extra=extra)
+    tokenizer = base.tokenizer()
+    if tokenizer is not None:
+        tokenizer.save(directory)
 
 
 def take_adapter(model: TrainableModel, directory: Path) -> None:

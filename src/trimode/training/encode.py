@@ -14,10 +14,7 @@ __all__ = ["make_encode"]
 
 def make_encode(checkpoint: Checkpoint) -> Encode:
     """A chat is given up to its last message, the assistant's; of a text nothing is given."""
-    if checkpoint.gguf_metadata is not None:
-        tokenizer = Tokenizer.from_gguf_metadata(checkpoint.gguf_metadata)
-    else:
-        tokenizer = Tokenizer.from_directory(checkpoint.path)
+    tokenizer = checkpoint.tokenizer()
 
     def encode(value: Any) -> tuple[list[int], int]:
         if tokenizer is None:

@@ -145,7 +145,10 @@ def _predicting(batch: TokenBatch, device: torch.device) -> Tensor:
 
 
 def _cross_entropy(model: TrainableModel, hidden: Tensor, target: Tensor) -> Tensor:
-    lse, scores, _ = head_statistics(hidden, model.head_weight.to(hidden.dtype), target[:, None])
+    # autocast reaches the forward of a hand-written gradient and not its backward: both operands are cast here
+    name = hidden.device.type
+    dtype = torch.get_autocast_dtype(name) if torch.is_autocast_enabled(name) else hidden.dtype
+    lse, scores, _ = head_statistics(hidden.to(dtype), model.head_weight.to(dtype), target[:, None])
     return lse - scores[:, 0]
 
 

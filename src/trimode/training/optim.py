@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 __all__ = ["ScheduleName", "adamw", "learning_rate"]
 
@@ -38,7 +39,11 @@ def adamw(
     """AdamW over what requires gradients; vectors (norms, biases, embeddings of one token) are not decayed."""
     trained = [p for _, p in parameters if p.requires_grad]
     groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {
+            "params": [p for p in trained if (p.ndim > 1) == is_matrix and isinstance(p, DTensor) == is_sharded],
+            "weight_decay": weight_decay if is_matrix else 0.0,
+        }
+        for is_matrix in (True, False)
+        for is_sharded in (True, False)  # one fused step cannot take both
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=rate, betas=betas, eps=1e-8)

@@ -12,12 +12,27 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from trimode.errors import SettingError, nearest
 from trimode.model.lora import ADAPTED_PARTS
+from trimode.training.drafter import DrafterSettings
+from trimode.training.joint import JointSettings
 from trimode.training.objectives import ConversionSettings
 from trimode.training.trainer import TrainSettings
 
-__all__ = ["AdapterShape", "DataSettings", "Recipe", "Source", "read_recipe"]
+__all__ = ["AdapterShape", "DataSettings", "Recipe", "Source", "make_recipe", "read_recipe"]
 
-ObjectiveName = Literal["adapter"]
+_MAY_CHANGE = (
+    "steps",
+    "decay",
+    "floor",
+    "save_every",
+    "evaluate_every",
+    "documents_per_forward",
+    "shard",
+    "recompute",
+)
+_TABLES = {"blocks": ("adapter",), "joint": ("joint", "diffusion"), "drafter": ("drafter",)}
+"""Which objectives a table belongs to."""
+
+ObjectiveName = Literal["adapter", "joint", "diffusion", "ar", "drafter"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +57,7 @@ class DataSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterShape:
-    """The LoRA of the objective `adapter`."""
+    """The LoRA that is trained."""
 
     rank: int = 64
     alpha: float = 64.0
@@ -60,18 +75,25 @@ class Recipe:
     objective: ObjectiveName
     data: DataSettings
     train: TrainSettings
+    weights: Literal["lora", "full"] = "lora"
+    """What is trained; `full` with the objectives joint, diffusion and ar."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """What products are computed in; trained parameters are float32 always."""
     adapter: AdapterShape = field(default_factory=AdapterShape)
     blocks: ConversionSettings = field(default_factory=ConversionSettings)
+    joint: JointSettings = field(default_factory=JointSettings)
+    drafter: DrafterSettings = field(default_factory=DrafterSettings)
     block_length: int = 8
     """What the trained checkpoint decodes with unless told otherwise."""
 
     def identity(self) -> dict[str, Any]:
         """What must stay the same for a run to be continued; its length and how often it saves may change."""
         whole = asdict(self)
-        for name in ("steps", "decay", "floor", "save_every", "evaluate_every", "documents_per_forward"):
+        for name in _MAY_CHANGE:
             whole["train"].pop(name)
+        for name, objectives in _TABLES.items():
+            if self.objective not in objectives:
+                whole.pop(name)
         for source in whole["data"]["sources"]:
             source["path"] = Path(source["path"]).name
         whole["base"] = Path(whole["base"]).name
@@ -88,19 +110,41 @@ def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise SettingError(f"{path} is not TOML: {error}.") from None
+    return make_recipe(raw, path.parent, changes)
+
+
+def make_recipe(raw: dict[str, Any], directory: Path, changes: Sequence[str] = ()) -> Recipe:
+    """A recipe from its tables, paths relative to `directory`."""
     for change in changes:
         _apply(raw, change)
     recipe = _build(Recipe, raw, "")
+    for name, objectives in _TABLES.items():
+        if name in raw and recipe.objective not in objectives:
+            raise SettingError(f"[{name}] has no effect with objective = {recipe.objective!r}. Leave it out.")
+    if recipe.weights == "full":
+        if recipe.objective in ("adapter", "drafter"):
+            raise SettingError(
+                f"weights = 'full' does not go with objective = {recipe.objective!r}, which keeps its base."
+            )
+        if "adapter" in raw:
+            raise SettingError("[adapter] has no effect with weights = 'full'. Leave it out.")
+    unknown = [part for part in recipe.adapter.parts if part not in ADAPTED_PARTS]
+    if unknown or not recipe.adapter.parts:
+        raise SettingError(
+            f"An adapter's parts are some of {', '.join(ADAPTED_PARTS)}; got {', '.join(unknown) or 'none'}."
+        )
+    if recipe.adapter.initial is not None and recipe.objective not in ("adapter", "drafter"):
+        raise SettingError(f"adapter.initial has no effect with objective = {recipe.objective!r}. Leave it out.")
     sources = tuple(
-        Source(path=str((path.parent / source.path).resolve()), weight=source.weight) for source in recipe.data.sources
+        Source(path=str((directory / source.path).resolve()), weight=source.weight) for source in recipe.data.sources
     )
-    base = path.parent / recipe.base
+    base = directory / recipe.base
     initial = recipe.adapter.initial
     return replace(
         recipe,
         data=replace(recipe.data, sources=sources),
         base=str(base.resolve()) if base.exists() else recipe.base,
-        adapter=replace(recipe.adapter, initial=initial and str((path.parent / initial).resolve())),
+        adapter=replace(recipe.adapter, initial=initial and str((directory / initial).resolve())),
     )
 
 

@@ -1,18 +1,33 @@
 """What is trained: a transformer, an adapter over it, or both, as one module with one way to call it."""
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from trimode.errors import SettingError
 from trimode.model.attention import Attend
 from trimode.model.lora import ADAPTED_PARTS, Lora
 from trimode.model.transformer import Transformer
 
-__all__ = ["AdapterParameters", "TrainableModel"]
+__all__ = ["AdapterParameters", "TrainableModel", "merged_tensors"]
+
+_WEIGHT = re.compile(r"layers\.(\d+)\.(\w+)\.weight")
+_PARTS = {
+    "qkv": ("query", "key", "value"),
+    "output": ("output",),
+    "gate_up": ("gate", "up"),
+    "down": ("down",),
+    "attention_norm": (),
+    "mlp_norm": (),
+    "q_norm": (),
+    "k_norm": (),
+}
+"""Parts of each weight of a layer, in the order of its rows."""
 
 
 class AdapterParameters(nn.Module):
@@ -73,6 +88,24 @@ class AdapterParameters(nn.Module):
                 self.B[f"{layer}_{part}"].copy_(B)
             if self.mask_embedding is not None and lora.mask_embedding is not None:
                 self.mask_embedding.copy_(lora.mask_embedding)
+
+
+def merged_tensors(model: "TrainableModel") -> Iterator[tuple[str, Tensor]]:
+    """The trained transformer's parameters by name, whole, with the adapter multiplied into the weights it acts on."""
+    lora = None if model.adapter is None else model.adapter.lora()
+    for name, tensor in model.transformer.dense_tensors():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        match = _WEIGHT.fullmatch(name)
+        if lora is not None and match is not None:
+            layer, row = int(match[1]), 0
+            whole = whole.float().clone()
+            for part in _PARTS[match[2]]:
+                num = model.config.part_sizes[part][1]
+                if (layer, part) in lora.factors:
+                    A, B = lora.factors[layer, part]
+                    whole[row : row + num] += lora.scale * (B.detach() @ A.detach())
+                row += num
+        yield name, whole
 
 
 class TrainableModel(nn.Module):

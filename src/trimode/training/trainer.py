@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from trimode.diffusion.corruption import SampleNoise
 from trimode.errors import TrainingError
@@ -51,8 +52,10 @@ class TrainSettings:
     seed: int = 0
     save_every: int = 50
     evaluate_every: int = 50
-    autocast: bool = False
-    """Compute in bfloat16 where parameters are float32."""
+    shard: bool = False
+    """Under torchrun: each rank holds its share of the layers' weights, gradients and optimiser (FSDP2)."""
+    recompute: bool = False
+    """Keep each layer's inputs only and compute the rest again in the backward pass: a third more time, far less memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,11 +89,15 @@ def train(
     settings: TrainSettings,
     run: RunDirectory,
     *,
+    autocast: bool = False,
     tell: Callable[[Progress], None] = lambda progress: None,
     evaluate: Callable[[TrainableModel], Mapping[str, float]] | None = None,
 ) -> None:
     """Train to the end, from the newest state of the run. Raises Interrupted, TrainingError (a loss that is no number) or
-    RunStateError (nothing more can be written); the last good state is on disk each time."""
+    RunStateError (nothing more can be written); the last good state is on disk each time.
+
+    autocast: compute in bfloat16 where parameters are float32.
+    """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if settings.documents_per_step % world:
         raise TrainingError(f"documents_per_step={settings.documents_per_step} does not divide among {world} ranks.")
@@ -104,7 +111,7 @@ def train(
         for step in range(first, settings.steps):
             start = time.perf_counter()
             rate = _set_rate(optimizer, step, settings)
-            sums = _accumulate(model, objective, data, noise, settings, step, rank, world)
+            sums = _accumulate(model, objective, data, noise, settings, step, rank, world, autocast)
             total, count = sums["total"]
             if not math.isfinite(total) or count == 0:
                 raise _not_a_number(f"The loss of update {step} is {total} over {count:g} positions", run)
@@ -160,6 +167,7 @@ def _accumulate(
     step: int,
     rank: int,
     world: int,
+    autocast: bool,
 ) -> dict[str, tuple[float, float]]:
     """Gradients of the summed losses, on every rank; sums and counts over all ranks."""
     share = settings.documents_per_step // world
@@ -168,7 +176,7 @@ def _accumulate(
     for start in range(first, first + share, settings.documents_per_forward):
         samples = range(start, min(start + settings.documents_per_forward, first + share))
         batch = pack([data[i] for i in samples], samples, progress=step / max(settings.steps, 1), device=model.device)
-        with _autocast(settings, model.device):
+        with _autocast(autocast, model.device):
             loss = objective(model, batch, noise)
         loss.total.backward()
         for name, (s, n) in {"total": (float(loss.total.detach()), loss.count), **loss.parts}.items():
@@ -183,21 +191,38 @@ def _accumulate(
     return {name: (s, n) for name, (s, n) in sums.items()}
 
 
-def _autocast(settings: TrainSettings, device: torch.device) -> AbstractContextManager[Any]:
-    return torch.autocast(device.type, torch.bfloat16) if settings.autocast else nullcontext()
+def _autocast(wanted: bool, device: torch.device) -> AbstractContextManager[Any]:
+    return torch.autocast(device.type, torch.bfloat16) if wanted else nullcontext()
 
 
 def _update(model: TrainableModel, optimizer: torch.optim.Optimizer, count: float, clip: float) -> float:
     trained = [p for p in model.parameters() if p.requires_grad]
+    squares = torch.zeros(2, dtype=torch.float64, device=model.device)
     for p in trained:
         if p.grad is None:
             p.grad = torch.zeros_like(p)  # a parameter that no sample of this batch touched
-        if dist.is_initialized() and not hasattr(p.grad, "full_tensor"):
-            dist.all_reduce(p.grad)  # replicated; sharded gradients were summed by their own engine
-        p.grad.div_(count)
-    norm: Any = torch.nn.utils.clip_grad_norm_(trained, clip if clip > 0 else math.inf)
-    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        grad = p.grad
+        if isinstance(grad, DTensor):
+            # FSDP has averaged over the ranks; the sum is wanted
+            grad.mul_(dist.get_world_size())
+            grad = grad.to_local()
+            sharded = 1
+        else:
+            sharded = 0
+            if dist.is_initialized():
+                dist.all_reduce(grad)
+        grad.div_(count)
+        squares[sharded] += grad.double().square().sum()
+    if dist.is_initialized():
+        shares = squares[1:].clone()
+        dist.all_reduce(shares)
+        squares[1:] = shares
+    norm = float(squares.sum().sqrt())
     if math.isfinite(norm):
+        if 0 < clip < norm:
+            for p in trained:
+                assert p.grad is not None
+                p.grad.mul_(clip / norm)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

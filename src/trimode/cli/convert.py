@@ -1,0 +1,112 @@
+"""`trimode convert`: an autoregressive checkpoint becomes one that decodes in every mode."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from trimode.cli import screen, train
+from trimode.cli.options import Device, Threads, whole_number
+from trimode.errors import SettingError
+
+__all__ = ["convert"]
+
+DOCUMENTS_PER_STEP = 4
+
+
+def convert(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Preset, directory, GGUF file or hub id.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="DIR", help="The new checkpoint; the run is kept in DIR.run.")
+    ],
+    data: Annotated[
+        list[str], typer.Option("--data", metavar="FILE", help="Documents, best BASE's own answers (trimode distill).")
+    ],
+    adapter: Annotated[
+        bool,
+        typer.Option("--adapter", help="Train a LoRA on masks alone; BASE's own text stays as it is. The default."),
+    ] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Train all weights by the joint objective; BASE's own text changes too.")
+    ] = False,
+    steps: Annotated[str, typer.Option("--steps", metavar="N", help="Updates.")] = "1000",
+    block_length: Annotated[str, typer.Option("--block-length", metavar="N", help="Tokens of a block.")] = "8",
+    max_tokens: Annotated[str, typer.Option("--max-tokens", metavar="N", help="Longer documents are cut.")] = "512",
+    mask_token: Annotated[
+        str | None,
+        typer.Option(
+            "--mask-token", metavar="TOKEN|ID", help="Stands for what is not known yet; an unused one if not given."
+        ),
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="PATH=VALUE", help="Change a value of the recipe, such as train.rate=1e-4."),
+    ] = None,
+    device: Device = None,
+    threads: Threads = None,
+    json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON on standard output.")] = False,
+) -> None:
+    """Make a Llama-like checkpoint tri-mode: train on documents, and write a checkpoint that decodes in every mode.
+
+    Ctrl-C or SIGTERM saves and ends; the same command continues.
+    """
+    if adapter and full:
+        raise SettingError("--adapter and --full are two ways. Choose one.")
+    num_steps = whole_number(steps, "--steps", low=1)
+    length = whole_number(block_length, "--block-length", low=2)
+    longest = whole_number(max_tokens, "--max-tokens", low=8)
+    num_threads = None if threads is None else whole_number(threads, "--threads", low=1)
+    target = Path(output)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise SettingError(f"{target} exists already and is not empty. Choose another place or remove it.")
+
+    from dataclasses import replace
+
+    from trimode.checkpoint import open_checkpoint
+    from trimode.training.convert import choose_mask, write_converted
+    from trimode.training.recipe import make_recipe
+
+    checkpoint = open_checkpoint(base)
+    config = checkpoint.config
+    if checkpoint.stored_adapter is not None or config.trained_for_blocks:
+        raise SettingError(f"{base} decodes in every mode already. Train it further with trimode train.")
+    mask = choose_mask(config, checkpoint.tokenizer(), mask_token)
+    checkpoint = replace(checkpoint, config=replace(config, mask_token_id=mask))
+    raw: dict[str, Any] = {
+        "base": base,
+        "objective": "joint" if full else "adapter",
+        "block_length": length,
+        "data": {
+            "sources": [{"path": str(Path(file).resolve())} for file in data],
+            "max_tokens": min(longest, config.max_positions),
+            "held_out": 0,
+        },
+        "train": {
+            "steps": num_steps,
+            "documents_per_step": DOCUMENTS_PER_STEP,
+            "documents_per_forward": DOCUMENTS_PER_STEP,
+            "schedule": "wsd",
+            "rate": 2e-5 if full else 1e-3,
+            "decay": 0.4,
+            "floor": 0.02,
+        },
+    }
+    if full:
+        raw["weights"] = "full"
+    else:
+        raw["blocks"] = {"block_lengths": [length], "partial": 0.2, "distill": 0.3}
+    recipe = make_recipe(raw, Path.cwd(), changes or [])
+    run = target.parent / f"{target.name}.run"
+    summary = train.run(recipe, run, device, num_threads, checkpoint)
+    if not train.is_first_rank():
+        return
+    write_converted(target, run, recipe, checkpoint)
+    summary = {
+        "checkpoint": str(target),
+        "mask_token_id": mask,
+        **{k: summary[k] for k in ("steps", "last") if k in summary},
+    }
+    if json:
+        screen.print_json(summary)
+    else:
+        screen.say(f"{target} decodes in every mode: trimode generate --model {target} --mode self_spec 'Hello'")

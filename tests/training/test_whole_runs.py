@@ -1,0 +1,257 @@
+"""Runs of the other objectives, conversion in one command, and two processes that are one run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import trimode
+from tests.training.test_run import RECIPE, factors, train, world  # noqa: F401
+from tests.worlds import random_tensors, random_transformer, tiny_config
+from trimode.checkpoint import open_checkpoint, save_checkpoint
+from trimode.cli.app import run as program
+from trimode.cli.train import run
+from trimode.errors import MissingMaskTokenError, SettingError, TrainingError
+from trimode.training.convert import choose_mask
+from trimode.training.joint import autoregressive
+from trimode.training.memory import num_trained, training_memory
+from trimode.training.recipe import make_recipe, read_recipe
+from trimode.training.trainable import AdapterParameters, TrainableModel
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+    pytest.mark.filterwarnings("ignore:.*lr_scheduler.*"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+WHOLE = RECIPE.replace('"adapter"', '"joint"').split("[adapter]")[0] + RECIPE[RECIPE.index("[train]") :]
+
+
+def recipe_file(directory: Path, name: str, text: str) -> Path:
+    path = directory / f"{name}.toml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("weights", ["full", "lora"])
+def test_a_joint_run_writes_a_checkpoint_that_decodes_in_every_mode(world, tmp_path, weights):  # noqa: F811
+    recipe = read_recipe(
+        recipe_file(world, "joint", WHOLE),
+        [f"weights={weights}", "train.steps=30", "train.rate=3e-3", "data.held_out=0"],
+    )
+    run(recipe, tmp_path / "run", "cpu", None)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    model = trimode.load(tmp_path / "run" / "checkpoint", dtype="float32")
+    assert model.config.trained_for_blocks
+    assert model.config.block_length == 4
+    outs = {mode: model.generate([5, 6, 7], mode=mode, max_new_tokens=12) for mode in ("ar", "diffusion", "self_spec")}
+    assert outs["ar"].token_ids == outs["self_spec"].token_ids
+    before = dict(open_checkpoint(world / "base").tensors(dtype=torch.float32))
+    after = dict(open_checkpoint(tmp_path / "run" / "checkpoint").tensors(dtype=torch.float32))
+    assert any(not torch.equal(before[name].bfloat16().float(), after[name]) for name in before)
+    assert (tmp_path / "run" / "curves.png").stat().st_size > 5_000
+
+
+def test_a_lora_multiplied_in_gives_the_trained_models_own_logits():
+    from trimode.model.attention import SelfAttention
+    from trimode.model.transformer import Transformer
+    from trimode.model.views import Causal
+    from trimode.training.trainable import merged_tensors
+
+    config = tiny_config()
+    adapter = AdapterParameters(random_transformer(config, 1), rank=4, alpha=8.0, mask_embedding=False)
+    for B in adapter.B.values():
+        torch.nn.init.normal_(B, std=0.1)
+    model = TrainableModel(random_transformer(config, 1, pack=False), adapter)
+    ids = torch.tensor([5, 6, 7, 8])
+    attend = SelfAttention(Causal(), 1, 4, "plain", "cpu")
+    expected = model.logits(model(ids, torch.arange(4), attend, adapted=torch.arange(4)))
+    merged = Transformer(config)
+    merged.load(merged_tensors(model), pack=False)
+    torch.testing.assert_close(merged.logits(merged(ids, torch.arange(4), attend)), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_drafter_is_trained_for_a_tri_mode_checkpoint_and_for_no_other(world, tmp_path):  # noqa: F811
+    config = tiny_config(eos_token_ids=())
+    save_checkpoint(tmp_path / "tri", config, random_tensors(config, seed=5, scale=0.15))
+    text = RECIPE.replace('"adapter"', '"drafter"').replace("[blocks]", "[drafter]")
+    text = text.replace("block_lengths = [4]\n", "").replace('"base"', f'"{tmp_path / "tri"}"')
+    path = recipe_file(world, "drafter", text)
+    changes = ['adapter.parts=["output"]', "train.steps=3", "adapter.alpha=64.0"]
+    run(read_recipe(path, changes), tmp_path / "run", "cpu", None)
+    (tmp_path / "run" / "adapter").rename(tmp_path / "tri" / "linear_spec_lora")
+    model = trimode.load(tmp_path / "tri", dtype="float32")
+    assert model.config.adapter_acts_on == "draft"
+    assert model.adapter.parts == {"output"}
+    ar = model.generate([5, 6, 7], mode="ar", max_new_tokens=12)
+    assert model.generate([5, 6, 7], mode="self_spec", max_new_tokens=12).token_ids == ar.token_ids
+    with pytest.raises(TrainingError, match="takes no drafter"):
+        run(read_recipe(path, [*changes, f"base={world / 'base'}"]), tmp_path / "no", "cpu", None)
+
+
+def test_one_command_converts_a_base_and_continues_where_it_was(world, tmp_path, capsys):  # noqa: F811
+    command = ["convert", str(world / "base"), "-o", str(tmp_path / "new"), "--data", str(world / "answers.jsonl")]
+    command += ["--block-length", "4", "--max-tokens", "64", "--steps", "20", "--set", "dtype=float32", "--json"]
+    assert program(command) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 20
+    model = trimode.load(tmp_path / "new", dtype="float32")
+    ar = trimode.load(world / "base", dtype="float32").generate([5, 6, 7], mode="ar", max_new_tokens=20)
+    for kind in ("linear", "quadratic"):
+        out = model.generate([5, 6, 7], mode="self_spec", self_spec_kind=kind, max_new_tokens=20)
+        assert out.token_ids == ar.token_ids
+    assert model.generate([5, 6, 7], mode="diffusion", max_new_tokens=20).token_ids
+    assert program(command) == 2  # it is there already
+    assert "not empty" in capsys.readouterr().err
+
+
+class _Words:
+    """A vocabulary."""
+
+    def __init__(self, *words):
+        self.words = list(words)
+        self.special_ids = frozenset(i for i, word in enumerate(words) if word.startswith("<"))
+
+    def id_to_token(self, i):
+        return self.words[i] if i < len(self.words) else None
+
+    def token_to_id(self, word):
+        return self.words.index(word) if word in self.words else None
+
+
+def test_a_mask_is_found_in_the_vocabulary_or_asked_for():
+    none = tiny_config(mask_token_id=None, vocab_size=4)
+    assert choose_mask(none, _Words("a", "<s>", "</s>", "<reserved_7>")) == 3
+    assert choose_mask(none, _Words("<s>", "a", "b")) == 3
+    assert choose_mask(none, _Words("<s>", "a", "b", "c"), "a") == 1
+    assert choose_mask(none, None, "1") == 1
+    for tokenizer, wanted in [(_Words("<s>", "a", "b", "c"), None), (None, None), (None, "9"), (None, "x")]:
+        with pytest.raises(MissingMaskTokenError):
+            choose_mask(none, tokenizer, wanted)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("objective=ar", r"\[blocks\] has no effect"),
+        ("weights=full", "weights = 'full' does not go with"),
+        ("objective=rl", "objective must be one of"),
+    ],
+)
+def test_a_setting_that_another_disconnects_is_refused(world, change, said):  # noqa: F811
+    with pytest.raises(SettingError, match=said):
+        read_recipe(world / "recipe.toml", [change])
+
+
+def two_processes(recipe: Path, output: Path, *changes: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "trimode"]
+    command += ["train", str(recipe), "-o", str(output)]
+    for change in changes:
+        command += ["--set", change]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def losses(run_directory: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run_directory / "log.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_get_one_processs_losses_and_adapter(world, tmp_path):  # noqa: F811
+    changes = ["train.steps=3", "train.documents_per_forward=2", "data.held_out=0"]
+    train(world, tmp_path / "one", *changes)
+    two_processes(world / "recipe.toml", tmp_path / "two", *changes)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    one, two = factors(tmp_path / "one", world), factors(tmp_path / "two", world)
+    for name in one:
+        torch.testing.assert_close(one[name].float(), two[name].float(), atol=2e-3, rtol=2e-2)
+
+
+def test_two_processes_that_share_the_weights_get_one_processs_losses_and_weights(world, tmp_path):  # noqa: F811
+    path = recipe_file(world, "sharded", WHOLE)
+    changes = ["weights=full", "train.steps=3", "train.rate=1e-3", "data.held_out=0", "train.clip=0.5"]
+    run(read_recipe(path, changes), tmp_path / "one", "cpu", None)
+    two_processes(path, tmp_path / "two", *changes, "train.shard=true")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    one, two = (
+        dict(open_checkpoint(tmp_path / name / "checkpoint").tensors(dtype=torch.float32)) for name in ("one", "two")
+    )
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=4e-3, rtol=2e-2)
+
+
+def test_recomputing_changes_memory_and_nothing_else(world, tmp_path):  # noqa: F811
+    path = recipe_file(world, "recompute", WHOLE)
+    changes = ["weights=full", "train.steps=3", "train.rate=1e-3", "data.held_out=0"]
+    for name in ("plain", "recomputed"):
+        run(
+            read_recipe(path, [*changes, f"train.recompute={str(name == 'recomputed').lower()}"]),
+            tmp_path / name,
+            "cpu",
+            None,
+        )
+    assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "recomputed"), rel=1e-6)
+
+
+def shaped(objective: str, weights: str, **train) -> object:
+    raw = {
+        "base": "base",
+        "objective": objective,
+        "weights": weights,
+        "dtype": "float32",
+        "data": {"sources": [{"path": "x"}], "max_tokens": 64},
+        "train": {"steps": 1, "documents_per_step": 1, "documents_per_forward": 1, **train},
+    }
+    return make_recipe(raw, Path("."))
+
+
+@pytest.mark.parametrize("weights", ["full", "lora"])
+def test_the_memory_formula_counts_what_is_there(weights):
+    from trimode.diffusion.corruption import SampleNoise
+    from trimode.training.data import Document, pack
+    from trimode.training.optim import adamw
+
+    config = tiny_config(width=64, mlp_width=96, num_layers=4)
+    recipe = shaped("ar", weights)
+    transformer = random_transformer(config, 1, pack=False)
+    shape = recipe.adapter
+    adapter = None
+    if weights == "lora":
+        adapter = AdapterParameters(transformer, rank=shape.rank, alpha=1.0, mask_embedding=False)
+    model = TrainableModel(transformer, adapter)
+    memory = training_memory(config, recipe)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert memory.weights == 4 * sum(p.numel() for p in model.parameters())
+    assert memory.gradients == 4 * sum(p.numel() for p in trained)
+    if weights == "lora":
+        assert num_trained(config, recipe) == sum(p.numel() for p in trained)
+    kept = {}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = autoregressive()(model, pack([Document((5,) * 64, 1)], [0]), SampleNoise(0))
+    assert memory.activations == pytest.approx(sum(size for size, _ in kept.values()), rel=0.2)
+    loss.total.backward()
+    optimizer = adamw(model.named_parameters(), rate=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer.step()
+    moments = [t for state in optimizer.state.values() for t in state.values() if t.ndim > 0]
+    assert memory.optimizer == sum(t.numel() * t.element_size() for t in moments)
+
+
+def test_more_ranks_hold_less_each_and_recomputing_keeps_less():
+    config = tiny_config(width=64, mlp_width=96, num_layers=8)
+    one = training_memory(config, shaped("joint", "full"))
+    shared = training_memory(config, shaped("joint", "full", shard=True), num_ranks=4)
+    assert shared.optimizer < 0.5 * one.optimizer
+    assert training_memory(config, shaped("joint", "full", recompute=True)).activations < 0.5 * one.activations
