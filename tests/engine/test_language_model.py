@@ -302,3 +302,51 @@ def test_a_batch_takes_the_memory_of_its_requests_not_of_its_longest_one(monkeyp
     # equal lengths share one kernel call, and take no more than they need
     MODEL.generate([[5, 6]] * 3, mode="ar", max_new_tokens=5)
     assert made[-1] == 3 * made[-2]
+
+
+def test_a_penalty_does_not_make_a_filled_token_a_repetition_of_itself():
+    from trimode.decoding.block_diffusion import Progress, denoise
+
+    model = tiny_model(1)
+    mask = model.config.mask_token_id
+    settings = {"mode": "diffusion", "repetition_penalty": 50.0, "editing_threshold": 0.0, "max_post_steps": 1}
+    g = model._answer([5], settings, False, None).generation
+    g.canvas = [9, 11]
+    logits = torch.ones(2, model.config.vocab_size)
+    logits[0, 9], logits[1, 11] = 4.0, 4.0
+    logits[:, mask] = -9.0
+    assert denoise(g, Progress(num_masked=2, num_steps=2), logits) == 0
+    assert g.canvas == [9, 11]
+    # a token that stands elsewhere in the block is one
+    g.canvas = [9, 9]
+    logits[1] = logits[0]
+    assert denoise(g, Progress(num_masked=2, num_steps=2), logits) == 2
+
+
+def test_one_tensor_in_a_list_is_a_batch_of_one():
+    outs = MODEL.generate([torch.tensor([5])], mode="ar", max_new_tokens=2)
+    assert isinstance(outs, list)
+    assert outs[0].token_ids == MODEL.generate([5], mode="ar", max_new_tokens=2).token_ids
+
+
+def test_a_mistake_in_a_batch_names_its_prompt():
+    with pytest.raises(PromptError, match=r"Prompt 1 of the batch: .*outside the vocabulary"):
+        MODEL.generate([[5], [5, 99_999], [6]], mode="ar")
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        lambda m: m.generate([5], mode="ar", template=["thinking"]),
+        lambda m: m.generate([]),
+        lambda m: m.save(None),
+        lambda m: m.save("a\0b"),
+        lambda m: m.infill("a {} b", span_length=None),
+        lambda m: m.score([{"role": "user", "content": "hello"}]),
+        lambda m: m.generate([5], max_thinking_tokens=3, end_think_token_id=m.config.mask_token_id),
+    ],
+)
+def test_careless_calls_get_one_line(mistake):
+    with pytest.raises(TrimodeError) as caught:
+        mistake(MODEL)
+    assert "\n" not in str(caught.value)

@@ -10,6 +10,7 @@ import torch
 import trimode
 from trimode.checkpoint import open_checkpoint
 from trimode.engine.request import Request
+from trimode.errors import PromptError
 
 PROMPTS = [
     "Why is the sky blue?",
@@ -114,3 +115,27 @@ def test_memory_does_not_grow_over_50_generations(model):
     run(50)
     # the allocator's own play; one key-value cache of these prompts alone is 5 MB, and 50 of them would be 250 MB
     assert process.memory_info().rss - before < 20e6
+
+
+def test_spans_side_by_side_come_back_each_on_its_own(model):
+    filled = model.infill("The capital of France is {}{}, of course.", span_length=[2, 3], threshold=1.0)
+    assert len(filled.spans) == 2
+    between = model.tokenizer.decode(filled.token_ids).removeprefix("The capital of France is ")
+    assert between.startswith(filled.spans[0] + filled.spans[1])
+
+
+def test_fixed_text_is_never_filled_in_though_it_spells_the_mask(model):
+    mask = model.tokenizer.id_to_token(model.config.mask_token_id)
+    with pytest.raises(PromptError, match="mask token itself"):
+        model.infill(f"One {{}} and {mask} more.")
+
+
+def test_a_stop_string_that_only_the_end_completes_still_stops(model):
+    out = model.generate("Say hello.", mode="ar", max_new_tokens=8)
+    for num in range(1, 9):
+        cut = model.generate("Say hello.", mode="ar", max_new_tokens=num)
+        whole = model.tokenizer.decode(out.token_ids[:num])
+        stopped = model.generate("Say hello.", mode="ar", max_new_tokens=num, stop=[whole[-2:]])
+        assert cut.text == whole
+        assert stopped.finish_reason == "stop"
+        assert whole[-2:] not in stopped.text

@@ -84,6 +84,4 @@ def test_slots_of_any_lengths_side_by_side_keep_out_of_one_another(lengths, data
     with torch.inference_mode():
         together = MODEL.logits(MODEL(tokens, positions, CachedAttention(spans, cache, "sdpa", "cpu")))
     for slot, text in enumerate(texts):
-        torch.testing.assert_close(
-            together[3 * slot : 3 * slot + 3], whole(text, Causal())[-3:], atol=2e-5, rtol=1e-4
-        )
+        torch.testing.assert_close(together[3 * slot : 3 * slot + 3], whole(text, Causal())[-3:], atol=2e-5, rtol=1e-4)

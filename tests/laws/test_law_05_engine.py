@@ -1,6 +1,6 @@
 """Law 5: the engine gives what the reference loop gives, whoever joins, leaves or is crowded out."""
 
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.laws.test_law_05_batch import KNOBS
@@ -43,7 +43,8 @@ limits = st.builds(
 SHARED = [7, 9, 4, 22, 31, 5, 5, 18, 36, 11] * 3
 
 
-@settings(max_examples=50, deadline=None)
+# no shrinking: a case takes a second, and a failing one would be shrunk for minutes
+@settings(max_examples=25, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(st.sampled_from(MODELS), arrivals, limits)
 def test_the_engine_gives_what_the_reference_loop_gives(model, arrivals, limits):
     engine = Engine(model, limits)

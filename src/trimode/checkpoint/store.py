@@ -119,6 +119,8 @@ def open_checkpoint(name: str | Path) -> Checkpoint:
         exists = False
     if not exists:
         path = _fetch(typed)
+    if not path.is_dir() and not path.is_file():  # a pipe would be waited for without end
+        raise CheckpointError(f"{path} is neither a directory nor a file.")
     return _open_directory(typed, path) if path.is_dir() else _open_gguf(typed, path)
 
 

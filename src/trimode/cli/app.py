@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from trimode import __version__
-from trimode.cli import chat, demo, distill, generate, info, train
+from trimode.cli import chat, demo, distill, generate, info, screen, train
 from trimode.cli.help import HelpfulCommand, HelpfulGroup
 from trimode.errors import TrimodeError, nearest
 
@@ -95,7 +95,7 @@ def _prepare_streams() -> None:
 
 
 def _refuse(message: str) -> int:
-    print("trimode:", " ".join(message.split()), file=sys.stderr)
+    print("trimode:", screen.one_line(message), file=sys.stderr)
     return 2
 
 

@@ -126,7 +126,7 @@ class Conversation:
                 elif line:
                     self.answer(line)
             except TrimodeError as error:
-                screen.say(f"trimode: {_one_line(error)}{_way_out(error, asked=not line.startswith('/'))}")
+                screen.say(f"trimode: {screen.one_line(str(error))}{_way_out(error, asked=not line.startswith('/'))}")
 
     def answer(self, text: str) -> None:
         """Ask the model; the message joins the history only together with an answer to it."""
@@ -254,10 +254,6 @@ def _way_out(error: TrimodeError, *, asked: bool) -> str:
     if isinstance(error, SettingError) and asked:
         return " (/set KNOB default takes a setting back.)"
     return ""
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _edit_lines() -> None:

@@ -25,6 +25,7 @@ __all__ = [
     "as_record",
     "errors_console",
     "load",
+    "one_line",
     "print_json",
     "refuse_hidden_canvas",
     "say",
@@ -61,6 +62,11 @@ def answers_console() -> Console:
 def errors_console() -> Console:
     """A console on standard error."""
     return _Console(stderr=True)
+
+
+def one_line(message: str) -> str:
+    """A complaint as one line of printable characters: what a file or a template says may hold a terminal's commands."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(message.split()))
 
 
 def say(message: str | Text) -> None:

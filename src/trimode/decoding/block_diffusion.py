@@ -85,6 +85,12 @@ def denoise(generation: Generation, progress: Progress, logits: Tensor) -> int:
     places = places_asked(generation, progress)
     known = [token for token in canvas if token != traits.mask_token_id]
     scores = adjusted(logits, generation, [*generation.final, *known])
+    if settings.repetition_penalty != 1.0:
+        for j, place in enumerate(places):
+            if canvas[place] != traits.mask_token_id:
+                # what stands at a place is no repetition of itself
+                others = [t for i, t in enumerate(canvas) if i != place and t != traits.mask_token_id]
+                scores[j : j + 1] = adjusted(logits[j : j + 1], generation, [*generation.final, *others])
     if progress.banned:
         scores[:, list(progress.banned)] = float("-inf")
     if settings.temperature == 0:
@@ -245,6 +251,10 @@ def _commit_lead(g: Generation, step: Step, revised: int) -> Outcome:
     mask = g.traits.mask_token_id
     num_known = len(g.uncached)
     num_lead = g.canvas.index(mask) if mask in g.canvas else len(g.canvas)
+    if g.settings.editing_threshold is not None and _num_needed(g) < num_lead:
+        # the text ends here: what lies behind is not worth a forward, even if the end should be revised away
+        num_lead = _num_needed(g)
+        g.canvas = g.canvas[:num_lead]
     if g.settings.editing_threshold is not None and (num_lead < len(g.canvas) or wants_revision(g, progress)):
         return Outcome(revised=revised)
     committed = tuple(g.canvas[:num_lead])
@@ -254,8 +264,8 @@ def _commit_lead(g: Generation, step: Step, revised: int) -> Outcome:
     progress.fixed = frozenset(i - num_lead for i in progress.fixed if i >= num_lead)
     if not g.canvas:
         g.state = None
-    # a revising step that changed nothing was causal over what is final now
-    kept = len(step.tokens) if step.kind == "revise" and progress.settled else num_known
+    # a revising step that changed nothing was causal over what is final now; the last token leads the next block, uncached
+    kept = len(step.tokens) - 1 if step.kind == "revise" and progress.settled else num_known
     return Outcome(committed=committed, kept=kept, probabilities=sure, revised=revised)
 
 

@@ -33,15 +33,15 @@ class AnswerText:
         self._pieces.append(piece)
         return stopped
 
-    def finish(self) -> None:
-        """Let go of what was held back."""
+    def finish(self) -> bool:
+        """Let go of what was held back; True if that completes a stop string."""
         if self._ended:
-            return
+            return False
         self._ended = True
-        if self._stream is not None:
-            self._show(self._stream.finish())
+        stopped = self._stream is not None and self._show(self._stream.finish())
         if self._stops is not None:
             self._pieces.append(self._stops.finish())
+        return stopped
 
     def take(self) -> str:
         """What became certain since the last call."""
@@ -76,7 +76,8 @@ class Answer:
             self.first_token_s = now
         if self.seconds is None and self.generation.finish_reason is not None:
             self.seconds = now
-            self.text.finish()
+            if self.text.finish():
+                self.generation.finish_reason = "stop"
 
     def news(self, name_token: Callable[[int], str | None] | None = None) -> Iterator[StreamEvent]:
         """What is new since the last call; with `name_token` the tentative block too, token by token."""

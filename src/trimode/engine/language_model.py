@@ -23,7 +23,7 @@ from trimode.engine.answer import Answer, AnswerText
 from trimode.engine.prompts import check_ids, encode_prompt, is_batch
 from trimode.engine.request import Generated, Infilled, Request, Stats, StreamEvent
 from trimode.engine.runner import Runner
-from trimode.errors import ContextLengthError, MissingMaskTokenError, PromptError, SettingError
+from trimode.errors import ContextLengthError, MissingMaskTokenError, PromptError, SettingError, TrimodeError
 from trimode.model.attention import KernelName, SelfAttention
 from trimode.model.cache import KeyValueCache
 from trimode.model.config import ModelConfig
@@ -151,7 +151,10 @@ class LanguageModel:
         Returns Generated, or a list of them for a list of prompts.
         """
         many = is_batch(prompt)
-        answers = [self.open_answer(p, knobs, raw=raw, template=template) for p in (prompt if many else [prompt])]
+        if not many:
+            answers = [self.open_answer(prompt, knobs, raw=raw, template=template)]
+        else:
+            answers = [self._answer_of(i, p, knobs, raw, template) for i, p in enumerate(prompt)]
         for _ in self._run(answers, observe):
             pass
         outputs = [self.output(a) for a in answers]
@@ -246,6 +249,14 @@ class LanguageModel:
         decoder = self._decoders[settings.self_spec_kind if mode == "self_spec" else mode]
         return self._begin(ids, settings, mode, decoder)
 
+    def _answer_of(
+        self, i: int, prompt: Any, knobs: Mapping[str, Any], raw: bool, template: Mapping[str, Any] | None
+    ) -> Answer:
+        try:
+            return self.open_answer(prompt, knobs, raw=raw, template=template)
+        except TrimodeError as error:
+            raise type(error)(f"Prompt {i} of the batch: {error}") from None
+
     def _begin(self, ids: tuple[int, ...], settings: Settings, mode: str, decoder: Decoder) -> Answer:
         random = torch.Generator()
         if settings.seed is None:
@@ -303,6 +314,8 @@ class LanguageModel:
             raise SettingError(
                 f"end_think_token_id {token} is outside the vocabulary of {self.config.vocab_size:,} ids."
             )
+        if token == self.config.mask_token_id:
+            raise SettingError(f"end_think_token_id {token} is the mask token, which is never text. Give another.")
         return replace(settings, end_think_token_id=token)
 
     def _fit(self, num_prompt: int, settings: Settings, asked: bool) -> Settings:
@@ -351,10 +364,10 @@ class LanguageModel:
         with None for each masked place. span_length: tokens of each span, one number or one a span. Text is never templated.
         The knobs are those of mode "diffusion".
         """
-        answer, ids = self.open_infill(text, span_length=span_length, placeholder=placeholder, **knobs)
+        answer, spans = self.open_infill(text, span_length=span_length, placeholder=placeholder, **knobs)
         for _ in self._run([answer], observe):
             pass
-        return self.infilled(answer, ids)
+        return self.infilled(answer, spans)
 
     def open_infill(
         self,
@@ -363,8 +376,8 @@ class LanguageModel:
         span_length: int | Sequence[int] = DEFAULT_SPAN_LENGTH,
         placeholder: str = "{}",
         **knobs: Any,
-    ) -> tuple[Answer, list[int]]:
-        """A text to fill in, checked and ready to run, and its ids with the mask at each missing place."""
+    ) -> tuple[Answer, list[range]]:
+        """A text to fill in, checked and ready to run, and the places of its spans."""
         if self.config.mask_token_id is None:
             raise MissingMaskTokenError(f"{self.name} names no mask token, so it cannot fill in. Convert it first.")
         for name in _NOT_FOR_INFILL & set(knobs):
@@ -375,7 +388,8 @@ class LanguageModel:
             raise SettingError(f"placeholder must be a string; got {placeholder!r}.")
         if not isinstance(text, Sequence):
             raise PromptError(f"infill takes a string, a list of texts or a list of ids; got {type(text).__name__}.")
-        ids, fixed_run = self._masked_ids(text, span_length, placeholder)
+        ids, spans = self._masked_ids(text, span_length, placeholder)
+        fixed_run = spans[0].start
         settings, _ = self._settings({**knobs, "mode": "diffusion"})
         prompt, canvas = ids[:fixed_run], ids[fixed_run:]
         settings = replace(settings, max_new_tokens=len(canvas), ignore_eos=True, max_thinking_tokens=None)
@@ -385,12 +399,12 @@ class LanguageModel:
             )
         answer = self._begin(tuple(prompt), settings, "diffusion", self._decoders["infill"])
         answer.generation.canvas = list(canvas)
-        return answer, ids
+        return answer, spans
 
     def _masked_ids(
         self, text: str | Sequence[Any], span_length: int | Sequence[int], placeholder: str
-    ) -> tuple[list[int], int]:
-        """Ids with the mask at each missing place, and how many fixed ones lead."""
+    ) -> tuple[list[int], list[range]]:
+        """Ids with the mask at each missing place, and the places of each span."""
         mask = self.config.mask_token_id
         assert mask is not None
         if isinstance(text, str):
@@ -408,41 +422,46 @@ class LanguageModel:
             lengths: list[Any] = [span_length] * num_spans
             if isinstance(span_length, list | tuple):
                 lengths = list(span_length)
+            elif not isinstance(span_length, int):
+                raise SettingError(f"span_length must be a whole number, or one for each span; got {span_length!r}.")
             if len(lengths) != num_spans:
                 raise SettingError(f"span_length gives {len(lengths)} lengths for {num_spans} spans.")
             for length in lengths:
                 if isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= 4096:
                     raise SettingError(f"span_length must be whole numbers from 1 to 4,096; got {length!r}.")
-            ids: list[int] = self.tokenizer.encode(text[0]) if text[0] else []
-            for length, part in zip(lengths, text[1:], strict=True):
-                ids += [mask] * length + (self.tokenizer.encode(part) if part else [])
+            fixed = [self.tokenizer.encode(part) if part else [] for part in text]
+            if any(mask in part for part in fixed):
+                raise PromptError(
+                    "The fixed text holds the mask token itself. Leave it out, and put a placeholder there."
+                )
+            ids = list(fixed[0])
+            spans = []
+            for length, part in zip(lengths, fixed[1:], strict=True):
+                spans.append(range(len(ids), len(ids) + length))
+                ids += [mask] * length + part
         else:
-            known = check_ids([mask if part is None else part for part in text], self.config)
-            ids = list(known)
-        if mask not in ids:
+            ids = list(check_ids([mask if part is None else part for part in text], self.config))
+            masked = [i for i, token in enumerate(ids) if token == mask]
+            starts = [i for i in masked if i == 0 or ids[i - 1] != mask]
+            ends = [i + 1 for i in masked if i + 1 == len(ids) or ids[i + 1] != mask]
+            spans = [range(start, end) for start, end in zip(starts, ends, strict=True)]
+        if not spans:
             raise PromptError("There is nothing to fill in: no place is masked.")
-        lead = ids.index(mask)
-        if lead == 0:
-            start = self.config.bos_token_id
-            if start is None:
+        if spans[0].start == 0:
+            first = self.config.bos_token_id
+            if first is None:
                 raise PromptError(
                     "The text starts with a span, and this checkpoint has no token that begins a text. Lead with text."
                 )
-            ids, lead = [start, *ids], 1
-        return ids, lead
+            ids = [first, *ids]
+            spans = [range(span.start + 1, span.stop + 1) for span in spans]
+        return ids, spans
 
-    def infilled(self, answer: Answer, ids: list[int]) -> Infilled:
-        """The filled text; `ids` as `open_infill` gave them."""
-        g = answer.generation
-        mask = self.config.mask_token_id
-        whole = g.final
-        runs: list[list[int]] = []
-        for i, (asked, token) in enumerate(zip(ids, whole, strict=True)):
-            if asked == mask:
-                if i == 0 or ids[i - 1] != mask:
-                    runs.append([])
-                runs[-1].append(token)
-        stats = self._filled_stats(answer, sum(map(len, runs)), len(ids))
+    def infilled(self, answer: Answer, spans: Sequence[range]) -> Infilled:
+        """The filled text; `spans` as `open_infill` gave them."""
+        whole = answer.generation.final
+        runs = [[whole[i] for i in span] for span in spans]
+        stats = self._filled_stats(answer, sum(map(len, runs)), len(whole))
         if self.tokenizer is None:
             return Infilled(text="", spans=[], token_ids=whole, stats=stats)
         return Infilled(
@@ -469,6 +488,8 @@ class LanguageModel:
     @torch.inference_mode()
     def score(self, text: str | Sequence[int]) -> float:
         """Exact autoregressive log-likelihood in nats of a text (never templated) or of ids, given its first token."""
+        if isinstance(text, Sequence) and len(text) > 0 and isinstance(text[0], Mapping):
+            raise PromptError("score takes a text or ids, not messages. Give encode(messages), then the answer's ids.")
         ids = encode_prompt(text, self.tokenizer, self.config, raw=True)
         if len(ids) < 2:
             raise PromptError("A score needs at least two tokens: the first is given, the others are scored.")
@@ -529,6 +550,8 @@ class LanguageModel:
 
     def save(self, directory: str | Path) -> None:
         """Write a Hugging Face directory: config, safetensors, adapter and tokenizer. Refuses one that holds files."""
+        if not isinstance(directory, str | Path) or "\0" in str(directory) or str(directory) == "":
+            raise SettingError(f"save takes the path of a directory; got {directory!r}.")
         save_checkpoint(directory, self.config, self.transformer.dense_tensors(), adapter=self.adapter)
         if self.tokenizer is not None:
             self.tokenizer.save(directory)

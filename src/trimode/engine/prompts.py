@@ -43,8 +43,10 @@ def encode_prompt(
     if isinstance(prompt, Mapping | bytes) or not isinstance(prompt, Sequence):
         kind = type(prompt).__name__
         raise PromptError(f"A prompt is a string, a list of chat messages or a list of ids; got {kind}.")
+    if variables is not None and not isinstance(variables, Mapping):
+        raise PromptError(f"template takes a mapping of names to values; got {type(variables).__name__}.")
     if len(prompt) == 0:
-        raise PromptError("The prompt is empty. Give it at least one message or id.")
+        raise PromptError("The prompt is an empty list. Give it at least one prompt, message or id.")
     if isinstance(prompt[0], Mapping):
         messages = validate_messages(prompt)
         if tokenizer is None or tokenizer.chat_template is None:
@@ -75,7 +77,8 @@ def check_ids(ids: Sequence[Any], config: ModelConfig) -> tuple[int, ...]:
 
 
 def _is_id(value: Any) -> bool:
-    if isinstance(value, bool | str):
+    # a tensor or array of one id has an index too, but it is a list
+    if isinstance(value, bool | str) or getattr(value, "ndim", 0) > 0:
         return False
     try:
         operator.index(value)

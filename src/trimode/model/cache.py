@@ -42,9 +42,7 @@ class KeyValueCache:
         self._keys[layer].index_copy_(0, flat_positions, keys)
         self._values[layer].index_copy_(0, flat_positions, values)
 
-    def read(
-        self, layer: int, start: int, spacing: int, num_rows: int, num_positions: int
-    ) -> tuple[Tensor, Tensor]:
+    def read(self, layer: int, start: int, spacing: int, num_rows: int, num_positions: int) -> tuple[Tensor, Tensor]:
         """Keys and values of rows that begin `spacing` positions apart, as views [num_rows, G, num_positions, K]."""
         keys, values = self._keys[layer], self._values[layer]
         _, G, K = keys.shape
