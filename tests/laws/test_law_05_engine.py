@@ -26,7 +26,7 @@ arrivals = st.lists(
         st.integers(0, 30),  # leading tokens that it shares with the others
         st.sampled_from(KNOBS),
         st.integers(0, 1000),
-        st.integers(1, 60),
+        st.integers(1, 100),
         st.one_of(st.none(), st.none(), st.integers(0, 20)),  # ticks after which its client goes away
     ),
     min_size=2,
@@ -103,8 +103,8 @@ def run(engine, *requests):
 
 
 def test_requests_that_do_not_fit_together_make_room_and_lose_nothing():
-    engine = Engine(MODELS[0], EngineLimits(cache_positions=256, max_running=4))
-    knobs = {"mode": "ar", "max_new_tokens": 120, "ignore_eos": True}
+    engine = Engine(MODELS[0], EngineLimits(cache_positions=512, max_running=4))
+    knobs = {"mode": "ar", "max_new_tokens": 200, "ignore_eos": True}
     prompts = [[5, 6, i] for i in range(4)]
     outputs = run(engine, *((p, knobs) for p in prompts))
     assert engine.snapshot().preemptions > 0
