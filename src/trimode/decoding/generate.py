@@ -96,6 +96,9 @@ def check_step(g: Generation, step: Step) -> None:
             f"A {step.kind} step must start with the {len(uncached)} final tokens that are not cached; "
             f"got {step.tokens[: len(uncached)]}, expected {uncached}."
         )
+    # a place before the first input would silently be another request's row
+    if any(not 0 <= i < len(step.tokens) for i in (*step.after, *step.at, *step.adapted)):
+        raise EngineContractError(f"A {step.kind} step of {len(step.tokens)} inputs asks about places that it has not.")
 
 
 def apply(g: Generation, step: Step, outcome: Outcome, is_stopped: IsStopped | None = None) -> None:
