@@ -17,6 +17,7 @@ __all__ = [
     "EngineContractError",
     "MissingMaskTokenError",
     "PromptError",
+    "QueueFullError",
     "RunStateError",
     "SettingError",
     "TrainingError",
@@ -64,6 +65,10 @@ class MissingMaskTokenError(TrimodeError, LookupError):
 
 class ChatTemplateError(TrimodeError, RuntimeError):
     """The checkpoint's chat template could not render these messages."""
+
+
+class QueueFullError(TrimodeError, RuntimeError):
+    """The engine serves and queues as many requests as it may."""
 
 
 class RunStateError(TrimodeError, RuntimeError):

@@ -310,7 +310,7 @@ def test_a_penalty_does_not_make_a_filled_token_a_repetition_of_itself():
     model = tiny_model(1)
     mask = model.config.mask_token_id
     settings = {"mode": "diffusion", "repetition_penalty": 50.0, "editing_threshold": 0.0, "max_post_steps": 1}
-    g = model._answer([5], settings, False, None).generation
+    g = model.open_answer([5], settings).generation
     g.canvas = [9, 11]
     logits = torch.ones(2, model.config.vocab_size)
     logits[0, 9], logits[1, 11] = 4.0, 4.0

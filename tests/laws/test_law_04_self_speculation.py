@@ -152,7 +152,7 @@ def test_rejection_sampling_accepts_with_probability_p_over_q():
     from trimode.decoding.sampling import verify
 
     model = tiny_model(0, vocab_size=5)
-    answer = model._answer([1], {"mode": "self_spec", "temperature": 1.0, "seed": 0}, True, None)
+    answer = model.open_answer([1], {"mode": "self_spec", "temperature": 1.0, "seed": 0})
     g = answer.generation
     p = torch.tensor([0.5, 0.3, 0.2 - 1e-9, 1e-9, 1e-9])
     q = torch.tensor([0.1, 0.6, 0.3 - 1e-9, 1e-9, 1e-9], dtype=torch.float64)

@@ -264,8 +264,8 @@ def _commit_lead(g: Generation, step: Step, revised: int) -> Outcome:
     progress.fixed = frozenset(i - num_lead for i in progress.fixed if i >= num_lead)
     if not g.canvas:
         g.state = None
-    # a revising step that changed nothing was causal over what is final now
-    kept = len(step.tokens) if step.kind == "revise" and progress.settled else num_known
+    # a revising step that changed nothing was causal over what is final now; the last token leads the next block, uncached
+    kept = len(step.tokens) - 1 if step.kind == "revise" and progress.settled else num_known
     return Outcome(committed=committed, kept=kept, probabilities=sure, revised=revised)
 
 

@@ -9,7 +9,17 @@ from collections.abc import Callable, Iterator, Sequence
 from trimode.decoding.interface import Generation, Outcome, Predictions, Step
 from trimode.errors import EngineContractError
 
-__all__ = ["IsStopped", "Observer", "RunSteps", "apply", "run_to_end", "tick"]
+__all__ = [
+    "IsStopped",
+    "Observer",
+    "RunSteps",
+    "absorb_predictions",
+    "apply",
+    "check_step",
+    "plan_steps",
+    "run_to_end",
+    "tick",
+]
 
 RunSteps = Callable[[Sequence[Generation], Sequence[Step]], list[Predictions]]
 Observer = Callable[[Generation, Step, Outcome], None]
@@ -25,11 +35,11 @@ def tick(
     is_stopped: IsStopped | None = None,
 ) -> None:
     """One forward for each of these unfinished generations, whatever their decoders."""
-    steps = _plan(generations)
+    steps = plan_steps(generations)
     for g, step in zip(generations, steps, strict=True):
         check_step(g, step)
     predictions = run(generations, steps)
-    outcomes = _absorb(generations, steps, predictions)
+    outcomes = absorb_predictions(generations, steps, predictions)
     for g, step, outcome in zip(generations, steps, outcomes, strict=True):
         apply(g, step, outcome, is_stopped)
         if observe is not None:
@@ -56,7 +66,8 @@ def _by_decoder(generations: Sequence[Generation]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _plan(generations: Sequence[Generation]) -> list[Step]:
+def plan_steps(generations: Sequence[Generation]) -> list[Step]:
+    """The next forward of each generation, whatever their decoders."""
     steps: dict[int, Step] = {}
     for group in _by_decoder(generations):
         planned = generations[group[0]].decoder.plan([generations[i] for i in group])
@@ -64,9 +75,10 @@ def _plan(generations: Sequence[Generation]) -> list[Step]:
     return [steps[i] for i in range(len(generations))]
 
 
-def _absorb(
+def absorb_predictions(
     generations: Sequence[Generation], steps: Sequence[Step], predictions: Sequence[Predictions]
 ) -> list[Outcome]:
+    """What each of these forwards made final, whatever the decoders."""
     outcomes: dict[int, Outcome] = {}
     for group in _by_decoder(generations):
         absorbed = generations[group[0]].decoder.absorb(
@@ -84,6 +96,9 @@ def check_step(g: Generation, step: Step) -> None:
             f"A {step.kind} step must start with the {len(uncached)} final tokens that are not cached; "
             f"got {step.tokens[: len(uncached)]}, expected {uncached}."
         )
+    # a place before the first input would silently be another request's row
+    if any(not 0 <= i < len(step.tokens) for i in (*step.after, *step.at, *step.adapted)):
+        raise EngineContractError(f"A {step.kind} step of {len(step.tokens)} inputs asks about places that it has not.")
 
 
 def apply(g: Generation, step: Step, outcome: Outcome, is_stopped: IsStopped | None = None) -> None:

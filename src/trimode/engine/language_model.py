@@ -3,9 +3,8 @@
 Each call runs the reference loop over a batch of its own, with a cache allocated for just that batch.
 """
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +19,9 @@ from trimode.decoding.interface import Decoder, Generation, Traits
 from trimode.decoding.self_speculation import LinearSelfSpeculation, QuadraticSelfSpeculation
 from trimode.decoding.settings import Settings, check_for_mode, parse_settings
 from trimode.device import pick_device, pick_dtype, set_threads
+from trimode.engine.answer import Answer, AnswerText
 from trimode.engine.prompts import check_ids, encode_prompt, is_batch
-from trimode.engine.request import Generated, Infilled, Request, Stats, StreamEvent, make_stats
+from trimode.engine.request import Generated, Infilled, Request, Stats, StreamEvent
 from trimode.engine.runner import Runner
 from trimode.errors import ContextLengthError, MissingMaskTokenError, PromptError, SettingError, TrimodeError
 from trimode.model.attention import KernelName, SelfAttention
@@ -30,10 +30,9 @@ from trimode.model.config import ModelConfig
 from trimode.model.lora import Lora
 from trimode.model.transformer import Transformer
 from trimode.model.views import BlockOverCausal, Causal
-from trimode.text.stream import StopMatcher, TextStream
 from trimode.text.tokenizer import Tokenizer
 
-__all__ = ["LanguageModel", "load"]
+__all__ = ["LanguageModel", "load", "num_positions"]
 
 DEFAULT_SPAN_LENGTH = 16
 _NOT_FOR_INFILL = {
@@ -85,59 +84,6 @@ def load(
     return LanguageModel(
         str(name), transformer.eval(), tokenizer, adapter=lora, dtype=wanted, device=target, attention=attention
     )
-
-
-@dataclass(slots=True)
-class _Answer:
-    """One generation with what is known of its text and time."""
-
-    generation: Generation
-    mode: str
-    text: "_Text"
-    notice: str | None
-    first_token_s: float | None = None
-    seconds: float | None = None
-
-
-class _Text:
-    """A generation's text as it becomes certain; knows stop strings."""
-
-    def __init__(self, tokenizer: Tokenizer | None, generation: Generation) -> None:
-        self._stream = None if tokenizer is None else TextStream(tokenizer)
-        self._stops = StopMatcher(generation.settings.stop) if generation.settings.stop else None
-        self._pieces: list[str] = []
-        self._taken = 0
-        self._ended = False
-
-    def push(self, token: int) -> bool:
-        """Take one more final token; True if a stop string is now complete."""
-        return self._show(self._stream.push(token) if self._stream is not None else "")
-
-    def _show(self, piece: str) -> bool:
-        stopped = False
-        if self._stops is not None:
-            piece, stopped = self._stops.push(piece)
-        self._pieces.append(piece)
-        return stopped
-
-    def finish(self) -> bool:
-        """Let go of what was held back; True if that completes a stop string."""
-        if self._ended:
-            return False
-        self._ended = True
-        stopped = self._stream is not None and self._show(self._stream.finish())
-        if self._stops is not None:
-            self._pieces.append(self._stops.finish())
-        return stopped
-
-    def take(self) -> str:
-        """What became certain since the last call."""
-        new = "".join(self._pieces[self._taken :])
-        self._taken = len(self._pieces)
-        return new
-
-    def whole(self) -> str:
-        return "".join(self._pieces)
 
 
 class LanguageModel:
@@ -203,13 +149,12 @@ class LanguageModel:
         """
         many = is_batch(prompt)
         if not many:
-            answers = [self._answer(prompt, knobs, raw, template)]
+            answers = [self.open_answer(prompt, knobs, raw=raw, template=template)]
         else:
             answers = [self._answer_of(i, p, knobs, raw, template) for i, p in enumerate(prompt)]
-        start = time.perf_counter()
-        for _ in self._run(answers, start, observe):
+        for _ in self._run(answers, observe):
             pass
-        outputs = [self._output(a) for a in answers]
+        outputs = [self.output(a) for a in answers]
         return outputs if many else outputs[0]
 
     def stream(
@@ -228,65 +173,51 @@ class LanguageModel:
         """
         if is_batch(prompt):
             raise PromptError("stream takes one prompt. Use generate for a list of prompts.")
-        answer = self._answer(prompt, knobs, raw, template)
+        answer = self.open_answer(prompt, knobs, raw=raw, template=template)
         return self._stream(answer, canvas, observe)
 
-    def _stream(self, answer: _Answer, canvas: bool, observe: Observer | None) -> Iterator[StreamEvent]:
-        g = answer.generation
-        num_sent = 0
-        last_canvas: list[int] = []
-        for _ in self._run([answer], time.perf_counter(), observe):
-            text = answer.text.take()
-            new = g.new_tokens[num_sent:]
-            num_sent += len(new)
-            if text or new:
-                yield StreamEvent(kind="text", text=text, token_ids=tuple(new))
-            if canvas and g.finish_reason is None and g.canvas != last_canvas:
-                last_canvas = list(g.canvas)
-                yield StreamEvent(kind="canvas", canvas=[self._token_text(t) for t in g.canvas])
-        rest = answer.text.take()
-        yield StreamEvent(kind="finish", text=rest, output=self._output(answer))
+    def _stream(self, answer: Answer, canvas: bool, observe: Observer | None) -> Iterator[StreamEvent]:
+        for _ in self._run([answer], observe):
+            yield from answer.news(self.token_text if canvas else None)
+        yield self.finish_event(answer)
 
-    def _run(self, answers: Sequence[_Answer], start: float, observe: Observer | None) -> Iterator[None]:
+    def _run(self, answers: Sequence[Answer], observe: Observer | None) -> Iterator[None]:
         # longest last: slots of one length then stand side by side
-        generations = sorted((a.generation for a in answers), key=_num_positions)
+        generations = sorted((a.generation for a in answers), key=num_positions)
         of = {id(a.generation): a for a in answers}
-        lengths = _slot_lengths([_num_positions(g) for g in generations])
+        lengths = _slot_lengths([num_positions(g) for g in generations])
         cache = KeyValueCache(self.config, lengths, dtype=self.dtype, device=self.device)
-        runner = Runner(self.transformer, cache, lora=self.adapter, kernel=self._attention)
+        runner = self.make_runner(cache)
         runner.seat(generations)
 
         def is_stopped(g: Generation, token: int) -> bool:
             return of[id(g)].text.push(token)
 
         for _ in run_to_end(generations, runner, observe=observe, is_stopped=is_stopped):
-            now = time.perf_counter() - start
             for answer in answers:
-                if answer.first_token_s is None and answer.generation.num_new:
-                    answer.first_token_s = now
-                if answer.seconds is None and answer.generation.finish_reason is not None:
-                    answer.seconds = now
-                    if answer.text.finish():
-                        answer.generation.finish_reason = "stop"
+                answer.look()
             yield
 
-    def _output(self, answer: _Answer) -> Generated:
+    def make_runner(self, cache: KeyValueCache) -> Runner:
+        """What runs this model's forwards over a cache."""
+        return Runner(self.transformer, cache, lora=self.adapter, kernel=self._attention)
+
+    def finish_event(self, answer: Answer) -> StreamEvent:
+        """The last event of a stream."""
+        return StreamEvent(kind="finish", text=answer.text.take(), output=self.output(answer))
+
+    def output(self, answer: Answer) -> Generated:
+        """A finished (or stopped) answer, for whoever asked."""
         g = answer.generation
-        stats = self._stats(answer)
         return Generated(
-            text=answer.text.whole(), token_ids=g.new_tokens, finish_reason=g.finish_reason or "cancelled", stats=stats
+            text=answer.text.whole(),
+            token_ids=g.new_tokens,
+            finish_reason=g.finish_reason or "cancelled",
+            stats=answer.stats(),
         )
 
-    def _stats(self, answer: _Answer) -> Stats:
-        return make_stats(
-            answer.generation,
-            answer.mode,
-            seconds=answer.seconds or 0.0,
-            first=answer.first_token_s,
-            notice=answer.notice,
-        )
-
-    def _token_text(self, token: int) -> str | None:
+    def token_text(self, token: int) -> str | None:
+        """One token of a canvas, to look at; None for a mask."""
         if token == self.config.mask_token_id:
             return None
         return str(token) if self.tokenizer is None else self.tokenizer.decode([token])
@@ -297,7 +228,15 @@ class LanguageModel:
 
     # ---- a request's settings ---------------------------------------------------------------------------------------------
 
-    def _answer(self, prompt: Any, knobs: Mapping[str, Any], raw: bool, template: Mapping[str, Any] | None) -> _Answer:
+    def open_answer(
+        self,
+        prompt: Any,
+        knobs: Mapping[str, Any],
+        *,
+        raw: bool = False,
+        template: Mapping[str, Any] | None = None,
+    ) -> Answer:
+        """A request, checked and ready to run: what an engine takes. Raises the user's mistakes."""
         if isinstance(prompt, Request):
             knobs = {**knobs, **prompt.knobs}
             prompt = prompt.prompt
@@ -309,13 +248,13 @@ class LanguageModel:
 
     def _answer_of(
         self, i: int, prompt: Any, knobs: Mapping[str, Any], raw: bool, template: Mapping[str, Any] | None
-    ) -> _Answer:
+    ) -> Answer:
         try:
-            return self._answer(prompt, knobs, raw, template)
+            return self.open_answer(prompt, knobs, raw=raw, template=template)
         except TrimodeError as error:
             raise type(error)(f"Prompt {i} of the batch: {error}") from None
 
-    def _begin(self, ids: tuple[int, ...], settings: Settings, mode: str, decoder: Decoder) -> _Answer:
+    def _begin(self, ids: tuple[int, ...], settings: Settings, mode: str, decoder: Decoder) -> Answer:
         random = torch.Generator()
         if settings.seed is None:
             random.seed()
@@ -324,7 +263,7 @@ class LanguageModel:
         generation = Generation(
             prompt=ids, settings=settings, traits=self._traits(settings), random=random, decoder=decoder
         )
-        return _Answer(generation, mode, _Text(self.tokenizer, generation), self.notice(mode))
+        return Answer(generation, mode, AnswerText(self.tokenizer, generation), self.notice(mode))
 
     def _settings(self, knobs: Mapping[str, Any]) -> tuple[Settings, str]:
         """Checked settings, and the mode that `auto` stands for."""
@@ -422,6 +361,20 @@ class LanguageModel:
         with None for each masked place. span_length: tokens of each span, one number or one a span. Text is never templated.
         The knobs are those of mode "diffusion".
         """
+        answer, spans = self.open_infill(text, span_length=span_length, placeholder=placeholder, **knobs)
+        for _ in self._run([answer], observe):
+            pass
+        return self.infilled(answer, spans)
+
+    def open_infill(
+        self,
+        text: str | Sequence[Any],
+        *,
+        span_length: int | Sequence[int] = DEFAULT_SPAN_LENGTH,
+        placeholder: str = "{}",
+        **knobs: Any,
+    ) -> tuple[Answer, list[range]]:
+        """A text to fill in, checked and ready to run, and the places of its spans."""
         if self.config.mask_token_id is None:
             raise MissingMaskTokenError(f"{self.name} names no mask token, so it cannot fill in. Convert it first.")
         for name in _NOT_FOR_INFILL & set(knobs):
@@ -443,9 +396,7 @@ class LanguageModel:
             )
         answer = self._begin(tuple(prompt), settings, "diffusion", self._decoders["infill"])
         answer.generation.canvas = list(canvas)
-        for _ in self._run([answer], time.perf_counter(), observe):
-            pass
-        return self._infilled(answer, spans)
+        return answer, spans
 
     def _masked_ids(
         self, text: str | Sequence[Any], span_length: int | Sequence[int], placeholder: str
@@ -503,7 +454,8 @@ class LanguageModel:
             spans = [range(span.start + 1, span.stop + 1) for span in spans]
         return ids, spans
 
-    def _infilled(self, answer: _Answer, spans: Sequence[range]) -> Infilled:
+    def infilled(self, answer: Answer, spans: Sequence[range]) -> Infilled:
+        """The filled text; `spans` as `open_infill` gave them."""
         whole = answer.generation.final
         runs = [[whole[i] for i in span] for span in spans]
         stats = self._filled_stats(answer, sum(map(len, runs)), len(whole))
@@ -516,9 +468,9 @@ class LanguageModel:
             stats=stats,
         )
 
-    def _filled_stats(self, answer: _Answer, num_filled: int, num_all: int) -> Stats:
+    def _filled_stats(self, answer: Answer, num_filled: int, num_all: int) -> Stats:
         """Costs of filling in: what was given never counts as output."""
-        stats = self._stats(answer)
+        stats = answer.stats()
         return replace(
             stats,
             tokens=num_filled,
@@ -602,7 +554,7 @@ class LanguageModel:
             self.tokenizer.save(directory)
 
 
-def _num_positions(g: Generation) -> int:
+def num_positions(g: Generation) -> int:
     """Positions that prompt, answer and scratch of a generation may take in the cache."""
     scratch = g.decoder.num_scratch(g.settings, g.traits)
     return len(g.prompt) + g.settings.max_new_tokens + scratch

@@ -18,7 +18,7 @@ __all__ = ["Runner"]
 
 
 class Runner:
-    """One transformer and one cache; generation i of a `seat` has slot i."""
+    """One transformer and one cache; each generation has a slot of it."""
 
     def __init__(
         self, transformer: Transformer, cache: KeyValueCache, *, lora: Lora | None = None, kernel: KernelName = "sdpa"
@@ -33,6 +33,14 @@ class Runner:
     def seat(self, generations: Sequence[Generation]) -> None:
         """Give each generation its slot of the cache."""
         self._slots = {id(g): slot for slot, g in enumerate(generations)}
+
+    def admit(self, generation: Generation, slot: int) -> None:
+        """Give one more generation this slot."""
+        self._slots[id(generation)] = slot
+
+    def dismiss(self, generation: Generation) -> None:
+        """Forget a generation; its slot may go to another."""
+        del self._slots[id(generation)]
 
     @torch.inference_mode()
     def __call__(self, generations: Sequence[Generation], steps: Sequence[Step]) -> list[Predictions]:
@@ -59,7 +67,7 @@ class Runner:
             lora=self._lora,
             lora_rows=torch.tensor(adapted, dtype=torch.long, device=device) if self._lora is not None else None,
         )
-        logits = self._transformer.logits(hidden[torch.tensor(asked, device=device)])
+        logits = self._transformer.logits(hidden[torch.tensor(asked, dtype=torch.long, device=device)])
         return _hand_out(logits, steps)
 
     def _row_at(self, step: Step, index: int) -> int:

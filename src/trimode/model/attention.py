@@ -112,10 +112,14 @@ class Span:
 
 @dataclass(slots=True)
 class _Group:
-    """Rows that one kernel call serves: neighbours of equal length in neighbouring slots of equal length."""
+    """Rows that one kernel call serves: as many inputs each, in slots that begin equally far apart and hold as many keys."""
 
     first: Span
     num_rows: int
+    start: int
+    """Where the first one's slot begins."""
+    spacing: int
+    """From one slot's beginning to the next one's."""
     num_keys: int
     is_prefill: bool
     """All of them start an empty slot and are causal."""
@@ -133,7 +137,7 @@ class CachedAttention:
         self._cache = cache
         self._kernel = KERNELS[kernel]
         self._fused = kernel == "sdpa"
-        self._groups = [_group(rows, device, needs_mask=not self._fused) for rows in _neighbours(spans, cache)]
+        self._groups = [_group(rows, cache, device, needs_mask=not self._fused) for rows in _alike(spans, cache)]
         positions = [cache.starts[s.slot] + s.cached + i for s in spans for i in range(s.length)]
         self._flat_positions = torch.tensor(positions, dtype=torch.long, device=device)
 
@@ -143,7 +147,7 @@ class CachedAttention:
         for g in self._groups:
             n, T = g.num_rows, g.first.length
             queries = q[g.first.start : g.first.start + n * T].view(n, T, *q.shape[1:]).transpose(1, 2)
-            keys, values = self._cache.read(layer, g.first.slot, n, g.num_keys)
+            keys, values = self._cache.read(layer, g.start, g.spacing, n, g.num_keys)
             if self._fused and g.is_prefill:
                 out = _causal_sdpa(queries, keys, values)
             elif self._fused:
@@ -156,23 +160,34 @@ class CachedAttention:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _neighbours(spans: Sequence[Span], cache: KeyValueCache) -> list[list[Span]]:
+def _alike(spans: Sequence[Span], cache: KeyValueCache) -> list[list[Span]]:
+    """Runs of rows that one kernel call can serve."""
     groups: list[list[Span]] = []
+    num_keys = 0
     for span in spans:
-        last = groups[-1][-1] if groups else None
+        group = groups[-1] if groups else []
+        together = max(num_keys, span.cached + span.length)
         if (
-            last is not None
-            and last.length == span.length
-            and last.slot + 1 == span.slot
-            and cache.lengths[last.slot] == cache.lengths[span.slot]
+            group
+            and group[-1].length == span.length
+            and _continues([cache.starts[s.slot] for s in group], cache.starts[span.slot])
+            # nobody reads beyond its own slot: what lies there is another row's, and a NaN survives a zero weight
+            and all(together <= cache.lengths[s.slot] for s in (*group, span))
         ):
-            groups[-1].append(span)
+            group.append(span)
+            num_keys = together
         else:
             groups.append([span])
+            num_keys = span.cached + span.length
     return groups
 
 
-def _group(rows: list[Span], device: torch.device | str, *, needs_mask: bool) -> _Group:
+def _continues(starts: list[int], start: int) -> bool:
+    spacing = start - starts[-1]
+    return spacing > 0 and (len(starts) == 1 or spacing == starts[-1] - starts[-2])
+
+
+def _group(rows: list[Span], cache: KeyValueCache, device: torch.device | str, *, needs_mask: bool) -> _Group:
     num_keys = max(s.cached for s in rows) + rows[0].length
     is_prefill = all(s.cached == 0 and isinstance(s.view, Causal) for s in rows)
     visible = None
@@ -180,7 +195,9 @@ def _group(rows: list[Span], device: torch.device | str, *, needs_mask: bool) ->
         visible = torch.stack([_over_prefix(s, num_keys, device) for s in rows])
         if bool(visible.all()):
             visible = None
-    return _Group(rows[0], len(rows), num_keys, is_prefill, visible)
+    start = cache.starts[rows[0].slot]
+    spacing = cache.starts[rows[1].slot] - start if len(rows) > 1 else 0
+    return _Group(rows[0], len(rows), start, spacing, num_keys, is_prefill, visible)
 
 
 def _over_prefix(span: Span, num_keys: int, device: torch.device | str) -> Tensor:

@@ -26,10 +26,10 @@ class KeyValueCache:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.lengths = tuple(lengths)
+        self.lengths = list(lengths)
         """Positions of each slot."""
         ends = list(accumulate(self.lengths))
-        self.starts = (0, *ends[:-1])
+        self.starts = [0, *ends[:-1]]
         """Where each slot begins among the positions of all."""
         shape = (ends[-1], config.num_kv_heads, config.head_size)
         # zeros, not empty: rows of one batch attend over the longest of them, and masked garbage could be NaN, which survives a
@@ -42,14 +42,24 @@ class KeyValueCache:
         self._keys[layer].index_copy_(0, flat_positions, keys)
         self._values[layer].index_copy_(0, flat_positions, values)
 
-    def read(self, layer: int, slot: int, num_slots: int, num_positions: int) -> tuple[Tensor, Tensor]:
-        """The first keys and values of neighbouring slots of equal length, as views [num_slots, G, num_positions, K]."""
+    def read(self, layer: int, start: int, spacing: int, num_rows: int, num_positions: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of rows that begin `spacing` positions apart, as views [num_rows, G, num_positions, K]."""
         keys, values = self._keys[layer], self._values[layer]
         _, G, K = keys.shape
-        size = (num_slots, G, num_positions, K)
-        stride = (self.lengths[slot] * G * K, K, G * K, 1)
-        offset = self.starts[slot] * G * K
+        size = (num_rows, G, num_positions, K)
+        stride = (spacing * G * K, K, G * K, 1)
+        offset = start * G * K
         return keys.as_strided(size, stride, offset), values.as_strided(size, stride, offset)
+
+    def place(self, slot: int, start: int, length: int) -> None:
+        """Let a slot be these positions from now on; whoever places slots keeps them apart."""
+        self.starts[slot], self.lengths[slot] = start, length
+
+    def copy(self, source: int, target: int, num_positions: int) -> None:
+        """Copy what lies at `source` and behind it to `target`; the two may overlap."""
+        for tensor in (*self._keys, *self._values):
+            kept = tensor[source : source + num_positions]
+            tensor[target : target + num_positions] = kept.clone() if abs(source - target) < num_positions else kept
 
     @property
     def num_bytes(self) -> int:

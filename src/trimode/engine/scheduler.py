@@ -1,0 +1,95 @@
+"""Who is next, and which part of a long step fits into this forward.
+
+A long step is read in pieces: leading inputs that see causally and that nobody asks about may be cached ahead, by causal forwards of
+the engine's own; what is left is the same step, shorter. Decoders never learn of it, so an answer does not depend on it.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Generic, TypeVar
+
+from trimode.decoding.interface import Generation, Step
+from trimode.errors import QueueFullError
+from trimode.model.views import BlockOverCausal, Causal
+
+__all__ = ["FairQueue", "num_ahead", "piece_of", "without_leading"]
+
+T = TypeVar("T")
+
+
+class FairQueue(Generic[T]):
+    """First come, first served within one client; clients take turns. Bounded."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._lines: OrderedDict[str, deque[T]] = OrderedDict()
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[T]:
+        for line in self._lines.values():
+            yield from line
+
+    def put(self, client: str, item: T) -> None:
+        """Wait in line. Raises QueueFullError."""
+        if len(self) >= self.capacity:
+            raise QueueFullError(f"{len(self)} requests are waiting already, as many as may. Try again in a while.")
+        self._lines.setdefault(client, deque()).append(item)
+        self._length += 1
+
+    def peek(self) -> T | None:
+        """Whose turn it is."""
+        return next(iter(self._lines.values()))[0] if self._lines else None
+
+    def pop(self) -> T:
+        """Let the next one in; its client goes to the end of the turn."""
+        client, line = next(iter(self._lines.items()))
+        item = line.popleft()
+        self._length -= 1
+        del self._lines[client]
+        if line:
+            self._lines[client] = line
+        return item
+
+    def remove(self, item: T) -> bool:
+        """Leave the line; False if it was not in it."""
+        for client, line in self._lines.items():
+            if item in line:
+                line.remove(item)
+                self._length -= 1
+                if not line:
+                    del self._lines[client]
+                return True
+        return False
+
+
+def num_ahead(g: Generation, step: Step) -> int:
+    """Leading inputs of a step that may be cached ahead of it."""
+    if not isinstance(step.view, Causal | BlockOverCausal):
+        return 0
+    # the place before an `at` input is where a shifted checkpoint predicts it
+    needed = (*step.after, *(i - 1 for i in step.at), *step.adapted)
+    return max(0, min(len(g.uncached), step.view.num_causal(len(step.tokens)), len(step.tokens) - 1, *needed))
+
+
+def piece_of(step: Step, length: int) -> Step:
+    """The forward that caches the first `length` inputs of a step ahead."""
+    return Step(kind="prefill", tokens=step.tokens[:length], view=Causal())
+
+
+def without_leading(step: Step, num: int) -> Step:
+    """What is left of a step when its first `num` inputs are cached."""
+    view = step.view
+    if isinstance(view, BlockOverCausal):
+        view = BlockOverCausal(view.causal_length - num)
+    return replace(
+        step,
+        tokens=step.tokens[num:],
+        view=view,
+        after=tuple(i - num for i in step.after),
+        at=tuple(i - num for i in step.at),
+        adapted=tuple(i - num for i in step.adapted),
+    )
