@@ -15,6 +15,7 @@ __all__ = [
     "ContextLengthError",
     "DataError",
     "EngineContractError",
+    "MeasurementError",
     "MissingMaskTokenError",
     "PromptError",
     "QueueFullError",
@@ -77,6 +78,10 @@ class RunStateError(TrimodeError, RuntimeError):
 
 class TrainingError(TrimodeError, RuntimeError):
     """Training cannot go on: a loss that is no number, or settings that do not fit together."""
+
+
+class MeasurementError(TrimodeError, RuntimeError):
+    """A benchmark's counts contradict one another, so its figures would mislead; nothing is reported."""
 
 
 class EngineContractError(TrimodeError, RuntimeError):

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 __all__ = [
+    "bench_table",
     "canvas_view",
     "demo_table",
     "harmless",
@@ -104,6 +105,27 @@ def demo_table(runs: Sequence[Mapping[str, Any]]) -> Table:
             f"{run['decode_tpf']:.2f}",
             f"{run['seconds']:.2f}",
             f"{run['tokens_per_second']:.1f}",
+        )
+    return table
+
+
+def bench_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One row a setting of a benchmark: medians, quartiles in brackets."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    table.add_column("setting")
+    for name in ("tokens/s", "times ar", "tokens/forward", "a round", "first token", "equal to ar"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        speed, tpf, rounds = row["tokens_per_second"], row["decode_tpf"], row["acceptance_length"]
+        first, agreement = row["first_token_seconds"], row["agreement_with_ar"]
+        table.add_row(
+            row["label"],
+            f"{speed['median']:.1f} ({speed['low']:.1f}-{speed['high']:.1f})",
+            "" if row["times_ar"] is None else f"{row['times_ar']['median']:.2f}",
+            "" if tpf is None else f"{tpf['total']:.2f}",
+            "" if rounds is None else f"{rounds['total']:.2f}",
+            "" if first is None else f"{first['median']:.2f} s",
+            "" if agreement is None else f"{agreement['share_equal']:.0%}",
         )
     return table
 

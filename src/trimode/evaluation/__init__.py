@@ -1,0 +1,1 @@
+"""Measuring: benchmarks, and what their figures rest on."""
