@@ -18,14 +18,18 @@ def bench(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Preset, directory, GGUF file or hub id.")],
     prompts: Annotated[
         str | None,
-        typer.Option("--prompts", metavar="FILE", help="JSONL with `prompt` and `category`; built-in ones if not given."),
+        typer.Option(
+            "--prompts", metavar="FILE", help="JSONL with `prompt` and `category`; built-in ones if not given."
+        ),
     ] = None,
     modes: Annotated[
         str, typer.Option("--modes", metavar="LIST", help="With commas; knobs behind colons: diffusion:threshold=0.8")
     ] = "ar,diffusion,self_spec,auto",
     max_new_tokens: Annotated[str, typer.Option("--max-new-tokens", metavar="N", help="Longest answer.")] = "64",
     limit: Annotated[str | None, typer.Option("--limit", metavar="K", help="Only the first K prompts.")] = None,
-    rounds: Annotated[str, typer.Option("--rounds", metavar="N", help="Repetitions; two or more tell the noise.")] = "2",
+    rounds: Annotated[
+        str, typer.Option("--rounds", metavar="N", help="Repetitions; two or more tell the noise.")
+    ] = "2",
     seed: Annotated[str, typer.Option("--seed", metavar="N", help="Of the order in which modes take turns.")] = "0",
     peer: Annotated[
         str | None, typer.Option("--peer", metavar="NAME", help="transformers: the same weights and prompts there.")
@@ -95,7 +99,9 @@ def bench(
     else:
         screen.answers_console().print(terminal.bench_table(rows))
         if any(row["noise"] and row["noise"]["too_noisy"] for row in rows):
-            screen.say("This machine is too noisy now: repetitions of one request differ too much for its speeds to count.")
+            screen.say(
+                "This machine is too noisy now: repetitions of one request differ too much for its speeds to count."
+            )
         screen.say(f"In {folder / 'bench.json'}")
     if partial:
         screen.say(f"Stopped: {len(records)} requests are kept. The same command with --resume goes on.")

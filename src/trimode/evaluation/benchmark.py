@@ -17,7 +17,18 @@ from trimode.errors import MeasurementError, SettingError
 from trimode.evaluation.metrics import Watch, check_against_stats, quartiles
 from trimode.evaluation.prompts import BenchPrompt
 
-__all__ = ["Contestant", "Measured", "Own", "Setting", "Transformers", "as_record", "machine", "measure", "probe_adapter", "summarise"]
+__all__ = [
+    "Contestant",
+    "Measured",
+    "Own",
+    "Setting",
+    "Transformers",
+    "as_record",
+    "machine",
+    "measure",
+    "probe_adapter",
+    "summarise",
+]
 
 WARM_UP_TOKENS = 8
 NOISY = 1.25
@@ -130,7 +141,9 @@ class Transformers:
         try:
             from transformers import AutoModelForCausalLM
         except ImportError:
-            raise SettingError("The peer transformers is not installed. Run `pip install transformers accelerate`.") from None
+            raise SettingError(
+                "The peer transformers is not installed. Run `pip install transformers accelerate`."
+            ) from None
         from trimode.checkpoint import open_checkpoint
 
         path = Path(open_checkpoint(model.name).path)
@@ -191,7 +204,9 @@ def measure(
     """
     dtypes = {name: one.dtype for name, one in contestants.items()}
     if len(set(dtypes.values())) > 1:
-        raise MeasurementError(f"The engines run in different dtypes: {dtypes}. Load them in one, or leave the peer out.")
+        raise MeasurementError(
+            f"The engines run in different dtypes: {dtypes}. Load them in one, or leave the peer out."
+        )
     for setting in settings:
         contestants[setting.engine].answer(setting, prompts[0], min(WARM_UP_TOKENS, max_new_tokens), seed)
     for round_ in range(rounds):
@@ -227,7 +242,9 @@ def probe_adapter(model: Any) -> None:
     ids = [min(5, model.config.vocab_size - 1)] + [model.config.mask_token_id] * 3
     off, on = (model.logits(ids, view="block", prefix=1, draft_lora=use) for use in (False, True))
     if bool((off == on).all()):
-        raise MeasurementError(f"The draft adapter of {model.name} changes no logit: it is silently off. Mend it first.")
+        raise MeasurementError(
+            f"The draft adapter of {model.name} changes no logit: it is silently off. Mend it first."
+        )
 
 
 def summarise(records: Sequence[Measured]) -> list[dict[str, Any]]:
