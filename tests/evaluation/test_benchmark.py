@@ -161,7 +161,9 @@ def test_the_command_writes_its_report_and_goes_on_after_ctrl_c(tmp_path, monkey
     rows = {row["label"]: row for row in report["results"]}
     assert rows["self_spec"]["agreement_with_ar"]["share_equal"] == 1
     assert rows["ar"]["e2e_tpf"]["total"] == 1
-    assert "tokens/forward" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert max(len(line) for line in out.splitlines() if "self_spec" in line or "tokens" in line) <= 80
+    assert "tokens/" in out and "…" not in out
 
 
 @pytest.mark.parametrize("text", ["", "\n", "{", '{"prompt": ""}', "[]"])
