@@ -284,16 +284,15 @@ def test_top_k_keeps_k_tokens_even_where_they_tie_and_min_p_cuts_at_its_share():
 
 
 def test_a_batch_takes_the_memory_of_its_requests_not_of_its_longest_one(monkeypatch):
-    from trimode.engine import language_model
-
     made = []
+    make_cache = MODEL.forward.make_cache
 
-    class Watched(language_model.KeyValueCache):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            made.append(self.num_bytes)
+    def watched(lengths):
+        cache = make_cache(lengths)
+        made.append(cache.num_bytes)
+        return cache
 
-    monkeypatch.setattr(language_model, "KeyValueCache", Watched)
+    monkeypatch.setattr(MODEL.forward, "make_cache", watched)
     prompts = [[5]] * 7 + [[7] * 400] + [[6, 7]] * 8
     together = MODEL.generate(prompts, mode="ar", max_new_tokens=5)
     alone = [MODEL.generate(prompt, mode="ar", max_new_tokens=5) for prompt in prompts]
