@@ -65,7 +65,7 @@ struct AttentionTask {
   int num_own;     // positions after them: the step's own inputs
   int first_row;   // of the rows, among the step's own inputs
   const uint8_t* visible;  // [num_own][num_own]; null: causal
-  float* scores;   // scratch, [4][num_cached + num_own, padded to 16]
+  float* scores;   // scratch, [8][num_cached + num_own, padded to 16]
 };
 
 struct Kernels {

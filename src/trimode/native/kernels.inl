@@ -84,8 +84,15 @@ void block_bf16(const Matrix& m, int panel, const Rows& x, int row, const Output
     for (int r = 0; r < R; ++r) put(out, row + r, panel + p, acc[p][r]);
 }
 
+// What a block of rows fetches for the panels that come next while it computes: of their groups every `every`-th, from `from` on.
+// Without it the first block over a panel waits for memory and the others leave memory idle.
+struct Ahead {
+  const uint8_t* panel;  // null: nothing comes next
+  int from, every;
+};
+
 template <int R, int P, bool kNibbles>
-void block_int(const Matrix& m, int panel, const Rows& x, int row, const Output& out) {
+void block_int(const Matrix& m, int panel, const Rows& x, int row, const Output& out, const Ahead& ahead) {
   constexpr int kSteps = kGroup / 4;
   constexpr int kGroupBytes = kNibbles ? kGroup * kLanes / 2 : kGroup * kLanes;
   const int groups = m.num_groups();
@@ -107,7 +114,14 @@ void block_int(const Matrix& m, int panel, const Rows& x, int row, const Output&
     sums[r] = x.sums + (size_t)(row + r) * x.group_stride;
     biases[r] = x.biases + (size_t)(row + r) * x.group_stride;
   }
+  int fetched = ahead.panel ? ahead.from : groups;
   for (int g = 0; g < groups; ++g) {
+    if (g == fetched) {
+      for (int p = 0; p < P; ++p)
+        for (int line = 0; line < kGroupBytes; line += 64)
+          __builtin_prefetch(ahead.panel + (size_t)p * m.panel_bytes + (size_t)g * kGroupBytes + line, 0, 2);
+      fetched += ahead.every;
+    }
     Ints whole[P][R];
     for (int p = 0; p < P; ++p)
       for (int r = 0; r < R; ++r) whole[p][r] = all_ints(!kNibbles && kBiasInSum ? biases[r][g] : 0);
@@ -142,29 +156,30 @@ void block_int(const Matrix& m, int panel, const Rows& x, int row, const Output&
 }
 
 template <int R, int P>
-void block_of(const Matrix& m, int panel, const Rows& x, int row, const Output& out) {
+void block_of(const Matrix& m, int panel, const Rows& x, int row, const Output& out, const Ahead& ahead) {
   switch (m.format) {
     case Format::f32: return block_f32<R, P>(m, panel, x, row, out);
     case Format::bf16: return block_bf16<R, P>(m, panel, x, row, out);
-    case Format::u8: return block_int<R, P, false>(m, panel, x, row, out);
-    case Format::u4: return block_int<R, P, true>(m, panel, x, row, out);
+    case Format::u8: return block_int<R, P, false>(m, panel, x, row, out, ahead);
+    case Format::u4: return block_int<R, P, true>(m, panel, x, row, out, ahead);
   }
 }
 
 template <int P>
-void panels_of(const Matrix& m, int panel, const Rows& x, int num_rows, const Output& out) {
+void panels_of(const Matrix& m, int panel, int to, const Rows& x, int num_rows, const Output& out) {
   const int num_blocks = (num_rows + kMaxRows - 1) / kMaxRows;
   int row = 0;
   for (int b = 0; b < num_blocks; ++b) {
     const int rows = (num_rows - row) / (num_blocks - b);  // blocks as equal as can be
-    if (rows == 1) block_of<1, P>(m, panel, x, row, out);
-    if (rows == 2) block_of<2, P>(m, panel, x, row, out);
+    const Ahead ahead{panel + 2 * P <= to ? m.data + (size_t)(panel + P) * m.panel_bytes : nullptr, b, num_blocks};
+    if (rows == 1) block_of<1, P>(m, panel, x, row, out, ahead);
+    if (rows == 2) block_of<2, P>(m, panel, x, row, out, ahead);
     if constexpr (kMaxRows >= 3)
-      if (rows == 3) block_of<3, P>(m, panel, x, row, out);
+      if (rows == 3) block_of<3, P>(m, panel, x, row, out, ahead);
     if constexpr (kMaxRows >= 6) {
-      if (rows == 4) block_of<4, P>(m, panel, x, row, out);
-      if (rows == 5) block_of<5, P>(m, panel, x, row, out);
-      if (rows == 6) block_of<6, P>(m, panel, x, row, out);
+      if (rows == 4) block_of<4, P>(m, panel, x, row, out, ahead);
+      if (rows == 5) block_of<5, P>(m, panel, x, row, out, ahead);
+      if (rows == 6) block_of<6, P>(m, panel, x, row, out, ahead);
     }
     row += rows;
   }
@@ -172,8 +187,8 @@ void panels_of(const Matrix& m, int panel, const Rows& x, int num_rows, const Ou
 
 void multiply(const Matrix& m, int from, int to, const Rows& x, int num_rows, const Output& out) {
   int panel = from;
-  for (; panel + kPanels <= to; panel += kPanels) panels_of<kPanels>(m, panel, x, num_rows, out);
-  for (; panel < to; ++panel) panels_of<1>(m, panel, x, num_rows, out);
+  for (; panel + kPanels <= to; panel += kPanels) panels_of<kPanels>(m, panel, to, x, num_rows, out);
+  for (; panel < to; ++panel) panels_of<1>(m, panel, to, x, num_rows, out);
 }
 
 // ---- rows ------------------------------------------------------------------------------------------------------------------
@@ -224,7 +239,14 @@ void add_to(float* x, const float* y, int size) {
 }
 
 void rotate(float* x, const float* cosines, const float* sines, int half, float scale) {
-  for (int i = 0; i < half; ++i) {
+  int i = 0;
+  const Floats by = all(scale);
+  for (; i + kLanes <= half; i += kLanes) {
+    const Floats a = load(x + i), b = load(x + half + i), c = load(cosines + i), s = load(sines + i);
+    store(x + i, mul(sub(mul(a, c), mul(b, s)), by));
+    store(x + half + i, mul(add(mul(b, c), mul(a, s)), by));
+  }
+  for (; i < half; ++i) {
     const float a = x[i], b = x[half + i];
     x[i] = (a * cosines[i] - b * sines[i]) * scale;
     x[half + i] = (b * cosines[i] + a * sines[i]) * scale;
@@ -235,7 +257,13 @@ void rotate(float* x, const float* cosines, const float* sines, int half, float 
 
 template <typename T>
 void store_key(const float* x, int head, int lane, T* block) {
-  for (int i = 0; i < head; ++i) put_scalar(block + (size_t)i * kLanes + lane, x[i]);
+  int i = 0;
+  for (; i + kLanes <= head; i += kLanes) {
+    T lanes[kLanes];
+    to_memory(lanes, load(x + i));
+    for (int j = 0; j < kLanes; ++j) block[(size_t)(i + j) * kLanes + lane] = lanes[j];
+  }
+  for (; i < head; ++i) put_scalar(block + (size_t)i * kLanes + lane, x[i]);
 }
 
 template <typename T>
@@ -313,14 +341,17 @@ void attend_rows(const AttentionTask<T>& t, int row) {
     totals[r] = sum(total);
   }
   int column = 0;
-  for (; column + 4 * kLanes <= padded_to_lanes(t.head); column += 4 * kLanes)
-    weigh_values<R, 4>(t, row, column, num_positions, stride, totals);
+  constexpr int kColumns = R > 4 ? 2 : 4;  // as many sums as stay in registers
+  for (; column + kColumns * kLanes <= padded_to_lanes(t.head); column += kColumns * kLanes)
+    weigh_values<R, kColumns>(t, row, column, num_positions, stride, totals);
   for (; column < t.head; column += kLanes) weigh_values<R, 1>(t, row, column, num_positions, stride, totals);
 }
 
 template <typename T>
 void attend(const AttentionTask<T>& t) {
   int row = 0;
+  if constexpr (kMaxRows >= 6)
+    for (; row + 8 <= t.num_rows; row += 8) attend_rows<8>(t, row);
   for (; row + 4 <= t.num_rows; row += 4) attend_rows<4>(t, row);
   switch (t.num_rows - row) {
     case 3: attend_rows<3>(t, row); break;

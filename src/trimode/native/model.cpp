@@ -251,7 +251,7 @@ void Model::attend(int index, Cache& cache, const std::vector<Span>& spans) {
   const auto work = [&](int i, int thread) {
     const auto [span, head, row] = pieces[i];
     std::vector<float>& scores = scratch_[thread];
-    if (scores.size() < 4 * most) scores.resize(4 * most);
+    if (scores.size() < 8 * most) scores.resize(8 * most);
     AttentionTask<T> task;
     task.queries = qkv_.row(span->start + row) + (size_t)head * K;
     task.query_stride = qkv_.stride;
