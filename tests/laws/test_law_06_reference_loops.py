@@ -5,8 +5,6 @@ pseudo-code line by line. Two things are left out on purpose, as in trimode: the
 puts no second `</think>` behind an anchor that is one.
 """
 
-import pytest
-import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 

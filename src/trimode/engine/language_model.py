@@ -18,7 +18,7 @@ from trimode.decoding.generate import Observer, run_to_end
 from trimode.decoding.interface import Decoder, Generation, Traits
 from trimode.decoding.self_speculation import LinearSelfSpeculation, QuadraticSelfSpeculation
 from trimode.decoding.settings import Settings, check_for_mode, parse_settings
-from trimode.device import pick_device, pick_dtype, set_threads
+from trimode.device import check_memory, pick_device, pick_dtype, set_threads
 from trimode.engine.answer import Answer, AnswerText
 from trimode.engine.prompts import check_ids, encode_prompt, is_batch
 from trimode.engine.request import Generated, Infilled, Request, Stats, StreamEvent
@@ -75,6 +75,9 @@ def load(
     target = pick_device(device)
     checkpoint = open_checkpoint(name)
     wanted = pick_dtype(dtype, checkpoint.stored_dtype)
+    if target.type == "cpu":
+        # else the system ends the process without a word, minutes later
+        check_memory(str(name), checkpoint.config.num_parameters * wanted.itemsize)
     transformer = Transformer(checkpoint.config, dtype=wanted)
     transformer.load(checkpoint.tensors(dtype=wanted, device=target), pack=target.type == "cpu")
     tokenizer = checkpoint.tokenizer()
