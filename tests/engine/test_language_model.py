@@ -1,6 +1,7 @@
 """The library's face: prompts, counts, streams, scores, and what mistakes get."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -349,3 +350,19 @@ def test_careless_calls_get_one_line(mistake):
     with pytest.raises(TrimodeError) as caught:
         mistake(MODEL)
     assert "\n" not in str(caught.value)
+
+
+def test_weights_that_can_never_fit_are_refused_before_any_is_read(monkeypatch):
+    from trimode import device
+    from trimode.errors import MachineTooSmallError
+
+    golden = Path(__file__).parents[1] / "golden" / "nld_tiny"
+    monkeypatch.setattr(device, "memory_bytes", lambda: 4 * 111_936 - 1)
+    monkeypatch.setattr("trimode.engine.language_model.Transformer", None)  # nothing is made of them
+    with pytest.raises(MachineTooSmallError, match=r"this machine has 0\.0 GB"):
+        trimode.load(golden)
+    monkeypatch.undo()
+    monkeypatch.setattr(device, "memory_bytes", lambda: 4 * 111_936 - 1)
+    assert trimode.load(golden, dtype="bfloat16").dtype == torch.bfloat16
+    monkeypatch.setattr(device, "memory_bytes", lambda: None)  # a system that does not say
+    assert trimode.load(golden).dtype == torch.float32

@@ -19,7 +19,7 @@ from trimode.decoding.generate import Observer, run_to_end
 from trimode.decoding.interface import Decoder, Generation, Traits
 from trimode.decoding.self_speculation import LinearSelfSpeculation, QuadraticSelfSpeculation
 from trimode.decoding.settings import Settings, check_for_mode, parse_settings
-from trimode.device import pick_device, pick_dtype, set_threads
+from trimode.device import check_memory, pick_device, pick_dtype, set_threads
 from trimode.engine.answer import Answer, AnswerText
 from trimode.engine.prompts import check_ids, encode_prompt, is_batch
 from trimode.engine.request import Generated, Infilled, Request, Stats, StreamEvent
@@ -93,6 +93,9 @@ def load(
                 f"quantize='int8' needs the native engine, which does not run here: {_why_not_native(target)}"
             )
     is_int8 = use_native and dtype is None and quantize != "none" and checkpoint.stored_dtype != "float32"
+    if target.type == "cpu":
+        # else the system ends the process without a word, minutes later
+        check_memory(str(name), checkpoint.config.num_parameters * (1 if is_int8 or quantize == "int8" else wanted.itemsize))
     lora = checkpoint.adapter()
     if use_native:
         precision: Precision = "int8" if quantize == "int8" or is_int8 else _NATIVE_DTYPES[wanted]
