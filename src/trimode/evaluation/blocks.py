@@ -92,18 +92,18 @@ class BlockReader:
             rows = [self._plan(ask) for ask in asks[start : start + self._rows]]
             # rows of one length share a kernel call when they lie side by side
             order = sorted(range(len(rows)), key=lambda i: len(rows[i][1].tokens))
-            found = self._run(*zip(*(rows[i] for i in order), strict=True), range(1, len(rows) + 1))  # pyright: ignore[reportArgumentType]
+            found = self._run([rows[i][0] for i in order], [rows[i][1] for i in order], range(1, len(rows) + 1))
             by_ask = dict(zip(order, found, strict=True))
             for i in range(len(rows)):
                 yield by_ask[i].after if len(by_ask[i].after) else by_ask[i].at
 
     def decode_block(self, prefix: int) -> tuple[list[int], int]:
-        """What the real policy makes of the block behind a prefix: its tokens, and the denoising forwards that it took."""
+        """What the real policy makes of the block behind a prefix: its tokens up to an end of text, and the denoising forwards that
+        they took."""
         mask = self.traits.mask_token_id
         g = self._generation(self.text[:prefix], prefix - 1)
         g.decoder = BlockDiffusion()
-        # the block stands alone: nothing ends it early
-        g.settings = replace(self.settings, max_new_tokens=self.num_places, ignore_eos=True)
+        g.settings = replace(self.settings, max_new_tokens=self.num_places)
         g.canvas = [mask] * self.num_places
         steps = self.settings.max_denoising_steps or self.block_length
         g.state = Progress(num_masked=self.num_places, num_steps=steps)
