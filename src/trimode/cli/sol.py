@@ -54,8 +54,8 @@ def sol(
 ) -> None:
     """How fast an ideal sampler of this checkpoint would be.
 
-    Diffusion: the fewest forwards to the text of serial denoising. Self-speculation: the fewest to the autoregressive text with a perfect
-    order of drafting. Both beside the real policy. Ctrl-C keeps what was found; the same command with --resume goes on.
+    Diffusion: the fewest forwards to the text of serial denoising. Self-speculation: the fewest to the autoregressive text with a
+    perfect order of drafting. Both beside the real policy. Ctrl-C keeps what was found; the same command with --resume goes on.
     """
     views = [word.strip() for word in modes.split(",") if word.strip()]
     if not views or any(word not in VIEWS for word in views):
