@@ -160,7 +160,8 @@ def _lines(told: Path) -> list[dict[str, Any]]:
 def _ending(status: int) -> str:
     # a signal arrives as its negative number, or as 128 and more through the process in between
     number = -status if status < 0 else 256 - status if status > 128 else 0
-    names = {signal.SIGKILL: "killed: a limit", signal.SIGXCPU: "killed: too much processor time"}
+    too_long = "killed: too much processor time, or by the system"
+    names = {signal.SIGKILL: too_long, signal.SIGXCPU: too_long}
     names[signal.SIGXFSZ] = "killed: a file too large"
     for known, words in names.items():
         if number == known:
