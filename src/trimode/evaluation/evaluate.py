@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trimode.errors import ContextLengthError
+from trimode.errors import ContextLengthError, SettingError
 from trimode.evaluation.speed_of_light import ratio
 from trimode.evaluation.tasks.interface import Example, Task
 
@@ -49,9 +49,16 @@ def evaluate(
 
 
 def _ask(model: Any, task: Task, example: Example, setting: EvalSetting, most: int, seed: int) -> Sample:
-    about = {"task": task.name, "setting": setting.label, "id": example.id, "prompt": example.prompt}
+    about = {
+        "task": task.name,
+        "setting": setting.label,
+        "id": example.id,
+        "prompt": example.prompt,
+        "shots": example.shots,
+    }
     try:
-        out = model.generate(example.prompt, mode=setting.mode, max_new_tokens=most, seed=seed, **setting.knobs)
+        asked = _with_shots(model, example)
+        out = model.generate(asked, mode=setting.mode, max_new_tokens=most, seed=seed, **setting.knobs)
     except ContextLengthError as error:
         # one example that does not fit is a wrong answer, not the end of the run
         grade = {"score": 0.0, "parts": {}, "note": str(error)}
@@ -66,6 +73,16 @@ def _ask(model: Any, task: Task, example: Example, setting: EvalSetting, most: i
         "finish_reason": out.finish_reason,
         "cost": out.stats.as_dict(),
     }
+
+
+def _with_shots(model: Any, example: Example) -> Any:
+    """The prompt behind its shots: as turns of a chat, or one text for a checkpoint without a chat template."""
+    if model.tokenizer is None:
+        raise SettingError(f"{model.name} has no tokenizer, and tasks ask in text. Evaluate a checkpoint with one.")
+    if model.tokenizer.chat_template is None:
+        return "\n\n".join([*(f"{asked}\n{answer}" for asked, answer in example.shots), f"{example.prompt}\n"])
+    turns = [turn for shot in example.shots for turn in zip(("user", "assistant"), shot, strict=True)]
+    return [{"role": role, "content": text} for role, text in [*turns, ("user", example.prompt)]]
 
 
 def summarise_eval(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

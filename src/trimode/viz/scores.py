@@ -44,7 +44,7 @@ def eval_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """One row a task and setting: its score, what it cost, and its difference to `ar` on the same samples."""
     table = _table("task")
     table.add_column("setting", vertical="bottom")
-    for name in ("n", "score", "minus ar", "tokens/\nforward", "tokens", "tokens/s"):
+    for name in ("n", "score", "minus ar", "in part", "tokens/\nforward", "tokens/s"):
         table.add_column(name, justify="right", no_wrap=True, vertical="bottom")
     previous = None
     for row in rows:
@@ -58,8 +58,8 @@ def eval_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             str(row["n"]),
             _percent(row["score"]),
             "" if difference is None else _percent(difference, signed=True),
+            ", ".join(f"{name} {100 * part['value']:.0f}" for name, part in row["parts"].items()),
             _figure(row["decode_tpf"]),
-            f"{row['tokens']['value']:.0f}",
             f"{row['tokens_per_second']['value']:.1f}",
         )
     return table

@@ -1,4 +1,4 @@
-"""Facts out of a short text into JSON: is it valid JSON of the schema, and how many fields are right?"""
+"""Facts out of a short text into JSON, with one example: is it valid JSON of the schema, and how many fields are right?"""
 
 import json
 import random
@@ -35,19 +35,22 @@ def extraction(seed: int, *, limit: int | None) -> Task:
     examples = []
     for number in range(limit or 50):
         rng = random.Random(f"json {seed} {number}")
-        text, facts, types = _person(rng) if number % 2 == 0 else _order(rng)
+        make = _person if number % 2 == 0 else _order
+        (shown, shown_facts, _), (text, facts, types) = make(rng), make(rng)
         schema = {
             "type": "object",
             "properties": {name: _property(kind) for name, kind in types.items()},
             "required": list(types),
             "additionalProperties": False,
         }
-        prompt = (
-            "Extract the facts from the text as one JSON object of this schema. Write only the JSON.\n\n"
-            f"Schema: {json.dumps(schema)}\n\nText: {text}"
+        ask = f"Extract the facts as one JSON object with the fields {', '.join(types)}.\n\nText: "
+        example = Example(
+            id=f"json/{seed}/{number}",
+            prompt=ask + text,
+            reference={"schema": schema, "facts": facts},
+            shots=((ask + shown, json.dumps(shown_facts)),),
         )
-        reference = {"schema": schema, "facts": facts}
-        examples.append(Example(id=f"json/{seed}/{number}", prompt=prompt, reference=reference))
+        examples.append(example)
     return Task(name="json", examples=examples, grade=_grade, max_new_tokens=128)
 
 
@@ -104,7 +107,7 @@ def schema_fault(value: Any, schema: dict[str, Any]) -> str | None:
         # JSON's true is no number, though Python's is
         if not isinstance(entry, TYPES[kind["type"]]) or (isinstance(entry, bool) and kind["type"] != "boolean"):
             return f"{name} is not of type {kind['type']}"
-        if kind["type"] == "array" and not all(isinstance(e, str) for e in entry):
+        if isinstance(entry, list) and not all(isinstance(e, str) for e in entry):
             return f"{name} holds something else than strings"
     return None
 
@@ -123,6 +126,9 @@ def _same(found: Any, fact: Any) -> bool:
     if isinstance(fact, str):
         return isinstance(found, str) and found.strip().lower() == fact.lower()
     if isinstance(fact, list):
-        entries: list[Any] = found if isinstance(found, list) else []
-        return [str(e).strip().lower().removeprefix("a ") for e in entries] == fact
+        return isinstance(found, list) and list(map(_plain, found)) == fact
     return type(found) in (int, float, bool) and isinstance(found, bool) == isinstance(fact, bool) and found == fact
+
+
+def _plain(entry: Any) -> str:
+    return str(entry).strip().lower()

@@ -15,6 +15,8 @@ class Example:
     prompt: str
     reference: Any
     """What the grading needs; plain values."""
+    shots: tuple[tuple[str, str], ...] = ()
+    """Prompts of the same kind with their right answers, to go before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,15 +26,15 @@ def copying(seed: int, *, limit: int | None) -> Task:
     examples = []
     for number in range(limit or 50):
         rng = random.Random(f"copy {seed} {number}")
-        words = rng.choices(WORDS, k=8 + 4 * (number % 4))
-        text = " ".join(words)
-        prompt = f"Repeat the following line exactly, and write nothing else.\n\n{text}"
-        examples.append(Example(id=f"copy/{seed}/{number}", prompt=prompt, reference=words))
+        lines = [rng.choices(WORDS, k=6 + 3 * (number % 4)) for _ in range(3)]
+        asked = [("Repeat: " + " ".join(words), " ".join(words)) for words in lines]
+        example = Example(id=f"copy/{seed}/{number}", prompt=asked[2][0], reference=lines[2], shots=tuple(asked[:2]))
+        examples.append(example)
     return Task(name="copy", examples=examples, grade=_grade_copy, max_new_tokens=96)
 
 
 def _grade_copy(example: Example, answer: str) -> Grade:
-    return _sequence(example.reference, re.findall(r"[a-z]+", _body(answer).lower()))
+    return _sequence(example.reference, re.findall(r"[a-z]+", _body(answer).rpartition(":")[2].lower()))
 
 
 def counting(seed: int, *, limit: int | None) -> Task:
@@ -42,20 +42,21 @@ def counting(seed: int, *, limit: int | None) -> Task:
     examples = []
     for number in range(limit or 50):
         rng = random.Random(f"count {seed} {number}")
-        step, start = (1, 1, 2, 5)[number % 4], rng.randint(1, 60)
-        numbers = [start + step * i for i in range(12 + 4 * (number % 3))]
-        how = "Count" if step == 1 else f"Count in steps of {step}"
-        prompt = f"{how} from {numbers[0]} to {numbers[-1]}. Write all the numbers with commas between them, and nothing else."
-        examples.append(Example(id=f"count/{seed}/{number}", prompt=prompt, reference=[str(n) for n in numbers]))
+        step, length = (1, 1, 2, 5)[number % 4], 8 + 4 * (number % 3)
+        how = "by ones" if step == 1 else f"in steps of {step}"
+        lines = [[str(start + step * i) for i in range(length)] for start in rng.sample(range(1, 90), 3)]
+        asked = [(f"Count {how} from {line[0]} to {line[-1]}.", ", ".join(line)) for line in lines]
+        example = Example(id=f"count/{seed}/{number}", prompt=asked[2][0], reference=lines[2], shots=tuple(asked[:2]))
+        examples.append(example)
     return Task(name="count", examples=examples, grade=_grade_count, max_new_tokens=128)
 
 
 def _grade_count(example: Example, answer: str) -> Grade:
-    return _sequence(example.reference, re.findall(r"\d+", answer))
+    return _sequence(example.reference, re.findall(r"\d+", _body(answer).rpartition(":")[2]))
 
 
 def _body(answer: str) -> str:
-    """The longest line: a model may well say a word before it."""
+    """The longest line: a model may well say a word before it, or repeat the question's label."""
     return max(answer.splitlines() or [""], key=len)
 
 
