@@ -231,7 +231,8 @@ def _exact_step(g: Generation) -> Step:
     mask = g.traits.mask_token_id
     places = places_asked(g, g.state)
     after = tuple(len(known) - 1 + place for place in places)
-    kind = "prefill" if g.cached < len(g.prompt) else "denoise"
+    # with revision nothing is cached before its block is full: later passes read the prompt again, and are no prefill
+    kind = "prefill" if g.cached < len(g.prompt) and g.state.step == 0 else "denoise"
     if mask not in g.canvas:
         return Step(kind="revise", tokens=known + tuple(g.canvas), view=Causal(), after=after)
     # a mask at the end would only predict what lies beyond the block

@@ -15,6 +15,7 @@ import numpy as np
 
 from trimode.decoding.generate import Observer, absorb_predictions, apply, check_step, plan_steps
 from trimode.decoding.interface import Generation, Predictions, Step
+from trimode.decoding.trace import traced
 from trimode.engine.answer import Answer
 from trimode.engine.language_model import LanguageModel, num_positions
 from trimode.engine.pages import Extent, Extents, Prefixes, num_common
@@ -123,6 +124,7 @@ class Engine:
         self._cache.lengths = [0] * self.limits.max_running
         self._slots = list(range(self.limits.max_running))
         self._runner = model.make_runner(self._cache)
+        self._run = traced(self._runner, observe)
         self._queue: FairQueue[Entry] = FairQueue(self.limits.max_waiting)
         self._running: list[Entry] = []
         self._preempted: list[Entry] = []
@@ -186,7 +188,7 @@ class Engine:
         if not work:
             return False
         try:
-            predictions = self._runner([w.entry.generation for w in work], [w.step for w in work])
+            predictions = self._run([w.entry.generation for w in work], [w.step for w in work])
             self._absorb(work, predictions)
         except Exception:
             LOG.exception("A forward failed; its %d requests end with an error.", len(work))

@@ -19,6 +19,7 @@ from trimode.decoding.generate import Observer, run_to_end
 from trimode.decoding.interface import Decoder, Generation, Traits
 from trimode.decoding.self_speculation import LinearSelfSpeculation, QuadraticSelfSpeculation
 from trimode.decoding.settings import Settings, check_for_mode, parse_settings
+from trimode.decoding.trace import traced
 from trimode.device import check_memory, pick_device, pick_dtype, set_threads
 from trimode.engine.answer import Answer, AnswerText
 from trimode.engine.prompts import check_ids, encode_prompt, is_batch
@@ -273,7 +274,7 @@ class LanguageModel:
         def is_stopped(g: Generation, token: int) -> bool:
             return of[id(g)].text.push(token)
 
-        for _ in run_to_end(generations, runner, observe=observe, is_stopped=is_stopped):
+        for _ in run_to_end(generations, traced(runner, observe), observe=observe, is_stopped=is_stopped):
             for answer in answers:
                 answer.look()
             yield
