@@ -1,12 +1,13 @@
 """Which device, dtype and threads a model runs with, from what the user said and what the machine has."""
 
 import os
+from pathlib import Path
 
 import torch
 
 from trimode.errors import SettingError, nearest
 
-__all__ = ["pick_device", "pick_dtype", "set_threads"]
+__all__ = ["peak_memory", "pick_device", "pick_dtype", "set_threads", "total_memory"]
 
 DTYPES = {
     "float32": torch.float32,
@@ -50,3 +51,21 @@ def set_threads(count: int | None) -> None:
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most:
         raise SettingError(f"threads must be a whole number from 1 to {most} on this machine; got {count!r}.")
     torch.set_num_threads(count)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes at most so far: of the GPU's allocations there, else of this process; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    peak = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM")), None)
+    return None if peak is None else int(peak.split()[1]) * 1024
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes that the GPU, or the machine, has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
