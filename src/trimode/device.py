@@ -12,7 +12,7 @@ from trimode.errors import MachineTooSmallError, SettingError, nearest
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["available_bytes", "check_memory", "memory_bytes", "pick_device", "pick_dtype", "set_threads"]
+__all__ = ["available_bytes", "check_memory", "memory_bytes", "peak_memory", "pick_device", "pick_dtype", "set_threads", "total_memory"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 _ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
@@ -104,3 +104,25 @@ def _control_group(name: str) -> int | None:
     except OSError:  # no control groups here, or not ours to read
         return None
     return int(text) if text.isdigit() else None
+
+
+def peak_memory(device: "torch.device") -> int | None:
+    """Bytes at most so far: of the GPU's allocations there, else of this process; None where the system does not tell."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    peak = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM")), None)
+    return None if peak is None else int(peak.split()[1]) * 1024
+
+
+def total_memory(device: "torch.device") -> int | None:
+    """Bytes that the GPU, or the machine, has; None where the system does not tell."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_properties(device).total_memory
+    return memory_bytes()
