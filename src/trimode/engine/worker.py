@@ -85,6 +85,11 @@ class Worker:
                 self.engine.submit(entry)
             if stopped:
                 self.engine.cancel_all()
-            self.engine.tick()
+            try:
+                self.engine.tick()
+            except Exception:
+                # a bug of ours: those who run hear of it, and those who come later are served
+                LOG.exception("The engine failed; all requests end with an error.")
+                self.engine.fail_all()
             if stopped:
                 return

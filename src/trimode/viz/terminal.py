@@ -113,7 +113,15 @@ def bench_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """One row a setting of a benchmark: medians, and the quartiles of the speed. It fits 80 columns."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True, header_style="bold")
     table.add_column("setting", vertical="bottom")
-    names = ("tokens/s", "quartiles", "times\nar", "tokens/\nforward", "tokens\na round", "first\ntoken", "equal\nto ar")
+    names = (
+        "tokens/s",
+        "quartiles",
+        "times\nar",
+        "tokens/\nforward",
+        "tokens\na round",
+        "first\ntoken",
+        "equal\nto ar",
+    )
     for name in names:
         table.add_column(name, justify="right", vertical="bottom", no_wrap=True)
     for row in rows:
