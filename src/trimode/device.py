@@ -12,7 +12,16 @@ from trimode.errors import MachineTooSmallError, SettingError, nearest
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["available_bytes", "check_memory", "memory_bytes", "peak_memory", "pick_device", "pick_dtype", "set_threads", "total_memory"]
+__all__ = [
+    "available_bytes",
+    "check_memory",
+    "memory_bytes",
+    "peak_memory",
+    "pick_device",
+    "pick_dtype",
+    "set_threads",
+    "total_memory",
+]
 
 DTYPES = ("float32", "bfloat16", "float16")
 _ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}

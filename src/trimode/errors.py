@@ -16,6 +16,7 @@ __all__ = [
     "DataError",
     "EngineContractError",
     "MachineTooSmallError",
+    "GrammarError",
     "MeasurementError",
     "MissingMaskTokenError",
     "PromptError",
@@ -71,6 +72,10 @@ class MissingMaskTokenError(TrimodeError, LookupError):
 
 class ChatTemplateError(TrimodeError, RuntimeError):
     """The checkpoint's chat template could not render these messages."""
+
+
+class GrammarError(TrimodeError, ValueError):
+    """A grammar cannot be read, is too large, or no answer of this checkpoint can match it."""
 
 
 class QueueFullError(TrimodeError, RuntimeError):
