@@ -134,6 +134,34 @@ def test_the_speed_of_light_command_goes_on_where_it_was_stopped(tmp_path, model
     assert max(map(len, out.splitlines())) <= 100
 
 
+def test_texts_are_scored_under_both_views(tmp_path, model, capfd):
+    from trimode.evaluation.likelihood import autoregressive_score, diffusion_score
+
+    file = tmp_path / "texts.jsonl"
+    lines = [
+        {"text": "a cat sat."},
+        {"id": "7", "setting": "ar", "prompt": "who?", "answer": "me and you"},
+        {"id": "7", "setting": "diffusion", "prompt": "who?", "answer": ""},
+    ]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    assert run(["eval", "tiny", "--likelihood", str(file), "--samples", "3", "-o", str(tmp_path / "l")]) == 0
+    report = json.loads((tmp_path / "l" / "likelihood.json").read_text())
+    assert report["left_out"] == 1
+    texts, ar = report["results"]
+    ids = model.tokenizer.encode("a cat sat.")
+    assert texts["ar_per_token"]["value"] == pytest.approx(model.score(ids) / (len(ids) - 1), rel=1e-5)
+    context, target = (model.tokenizer.encode(t) for t in ("who?\n", "me and you"))
+    assert ar["ar_per_token"]["value"] == pytest.approx(
+        autoregressive_score(model, context, target).total / 10, rel=1e-5
+    )
+    bound = diffusion_score(model, context, target, samples=3)
+    assert ar["bound_per_token"]["value"] == pytest.approx(bound.total / 10, rel=1e-5)
+    assert ar["bound_draw_error"] == pytest.approx(bound.standard_error / 10)
+    out = capfd.readouterr()
+    assert "1 of 3 texts are left out" in out.err
+    assert max(map(len, out.out.splitlines())) <= 100
+
+
 @pytest.mark.parametrize(
     ("command", "told"),
     [
@@ -151,6 +179,10 @@ def test_the_speed_of_light_command_goes_on_where_it_was_stopped(tmp_path, model
         ("eval tiny --limit many", "whole number"),
         ("eval tiny --trust-code", "no effect"),
         ("eval tiny --variants bfloat16", "no effect"),
+        ("eval tiny --samples 3", "no effect"),
+        ("eval tiny --likelihood /nowhere", "no file /nowhere"),
+        ("eval tiny --likelihood x --samples 1", "--samples must be 2 or more"),
+        ("eval tiny --likelihood x --tasks copy", "takes the place"),
         ("eval tiny --quantization-report --variants int3", "Did you mean 'int8'"),
         ("eval tiny --quantization-report --tasks copy", "no effect"),
         ("eval tiny --resume -o /nowhere/at/all", "holds no run"),

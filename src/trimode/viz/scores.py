@@ -6,7 +6,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-__all__ = ["eval_table", "light_table", "quantization_table"]
+__all__ = ["eval_table", "light_table", "likelihood_table", "quantization_table"]
 
 
 def light_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -61,6 +61,31 @@ def eval_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             ", ".join(f"{name} {100 * part['value']:.0f}" for name, part in row["parts"].items()),
             _figure(row["decode_tpf"]),
             f"{row['tokens_per_second']['value']:.1f}",
+        )
+    return table
+
+
+def likelihood_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One row a group of texts: nats a token, exact and bounded."""
+    table = _table("texts of")
+    for name in (
+        "texts",
+        "tokens",
+        "ar\nnats a token",
+        "diffusion, at least\nnats a token",
+        "of it by\nits draws",
+        "gap",
+    ):
+        table.add_column(name, justify="right", no_wrap=True, vertical="bottom")
+    for row in rows:
+        table.add_row(
+            row["group"],
+            str(row["texts"]),
+            f"{row['tokens']:,}",
+            _figure(row["ar_per_token"]),
+            _figure(row["bound_per_token"]),
+            f"±{row['bound_draw_error']:.3f}",
+            _figure(row["gap_per_token"]),
         )
     return table
 
