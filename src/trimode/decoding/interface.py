@@ -16,7 +16,18 @@ from torch import Tensor
 from trimode.decoding.settings import Settings
 from trimode.model.views import View
 
-__all__ = ["Decoder", "Generation", "OneByOne", "Outcome", "Predictions", "Step", "Tally", "Traits"]
+__all__ = [
+    "Constraint",
+    "Decoder",
+    "Generation",
+    "OneByOne",
+    "Outcome",
+    "Predictions",
+    "Step",
+    "Tally",
+    "TokenLogprob",
+    "Traits",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +77,25 @@ class Predictions:
     """[len(step.at), V]"""
 
 
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """What the model itself thought of a token: before temperature, bias, penalties and constraints."""
+
+    token: int
+    logprob: float
+    """Nats."""
+    best: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens at this place with theirs, as many as were asked for."""
+
+
+class Constraint(Protocol):
+    """Says what may follow an answer so far: a grammar, for one. One object serves one generation."""
+
+    def allowed(self, answer: Sequence[int]) -> Tensor:
+        """Booleans [V]: what may follow these tokens of the answer, whichever they are. Never all False."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """What a decoder made of one step's predictions."""
@@ -76,6 +106,8 @@ class Outcome:
     """How many leading inputs leave their keys and values in the cache; zero for a draft."""
     probabilities: tuple[float, ...] = ()
     """For traces: the confidence of each committed token, where the decoder has one."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Of each committed token, where the request asks for them."""
     revised: int = 0
     """Filled tokens of the block that this step replaced."""
     accepted: int | None = None
@@ -108,6 +140,10 @@ class Generation:
     random: torch.Generator
     """This request's own random numbers, on the CPU: the same alone or in a batch."""
     decoder: "Decoder"
+    constraint: Constraint | None = None
+    """What the answer must obey."""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    """Of each token of the answer, where the request asks for them."""
     final: list[int] = field(default_factory=list)
     """Prompt and committed tokens."""
     canvas: list[int] = field(default_factory=list)
