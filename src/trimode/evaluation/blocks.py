@@ -17,7 +17,6 @@ from trimode.decoding.generate import tick
 from trimode.decoding.interface import Generation, Step
 from trimode.decoding.self_speculation import Draft, LinearSelfSpeculation
 from trimode.errors import ContextLengthError
-from trimode.model.cache import KeyValueCache
 from trimode.model.views import Causal
 
 __all__ = ["BlockAsk", "BlockReader"]
@@ -56,7 +55,7 @@ class BlockReader:
         """What slot 0 holds."""
         self._rows = rows
         # a step over a block may be one input longer than what it leaves final
-        self._cache = KeyValueCache(model.config, [capacity + 1] * (rows + 1), dtype=model.dtype, device=model.device)
+        self._cache = model.forward.make_cache([capacity + 1] * (rows + 1))
         self._runner = model.make_runner(self._cache)
         self._same = [0] * (rows + 1)
         """Of each slot: leading positions that equal slot 0's."""
@@ -159,8 +158,9 @@ class BlockReader:
 
     def _copy(self, slot: int, length: int) -> None:
         """Make the leading positions of a slot equal slot 0's; what lies behind will be overwritten."""
-        same = self._same[slot]
-        if same < length:
+        # engines keep keys in pieces of 16 positions: a copy starts where one does
+        same = self._same[slot] // 16 * 16
+        if self._same[slot] < length:
             starts = self._cache.starts
             self._cache.copy(starts[0] + same, starts[slot] + same, length - same)
         self._same[slot] = length

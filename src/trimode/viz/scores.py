@@ -11,9 +11,8 @@ __all__ = ["eval_table", "light_table", "likelihood_table", "quantization_table"
 
 def light_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Tokens a forward of the real policy and of the ideal one, by block length and category."""
-    table = _table("blocks", "prompts")
-    names = ("diffusion\nreal", "ideal", "ideal\na pass", "proven", "self_spec\nreal", "one pass", "ideal")
-    for name in names:
+    table = _table("blocks", "n")
+    for name in ("diffusion\nreal", "ideal", "proven", "self_spec\nreal", "ideal"):
         table.add_column(name, justify="right", no_wrap=True, vertical="bottom")
     previous = None
     for row in rows:
@@ -21,22 +20,11 @@ def light_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             table.add_section()
         previous = row["block_length"]
         d, s = row["diffusion"], row["self_spec"]
-        label = f"{row['block_length']:>2} {row['category']}"
-        table.add_row(
-            label,
-            str(row["prompts"]),
-            *(
-                ["", "", "", ""]
-                if d is None
-                else _figures(d, "real_per_forward", "ideal_per_forward", "ideal_per_pass")
-            ),
-            *([] if d is None else [f"{d['proven']:.0%}"]),
-            *(
-                ["", "", ""]
-                if s is None
-                else _figures(s, "real_per_forward", "one_pass_per_forward", "ideal_per_forward")
-            ),
-        )
+        diffusion = ["", "", ""]
+        if d is not None:
+            diffusion = [*_figures(d, "real_per_forward", "ideal_per_forward"), f"{d['proven']:.0%}"]
+        self_spec = ["", ""] if s is None else _figures(s, "real_per_forward", "ideal_per_forward")
+        table.add_row(f"{row['block_length']:>2} {row['category']}", str(row["prompts"]), *diffusion, *self_spec)
     return table
 
 
