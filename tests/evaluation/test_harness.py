@@ -161,6 +161,7 @@ def test_wrong_arguments_are_told_before_anything_runs(model):
 
     with pytest.raises(SettingError, match="mode must be one of"):
         TrimodeLM("tiny", mode="fast")
+    assert TrimodeLM("tiny", device="cuda:0").mode == "ar"
     with pytest.raises(SettingError, match="Did you mean 'threshold'"):
         TrimodeLM("tiny", mode="diffusion", treshold=0.5)
     model.tokenizer = None

@@ -39,8 +39,8 @@ def test_agreement_kl_and_perplexity_are_what_their_names_say(model):
     assert causal["kl"]["value"] == pytest.approx(sum(kl) / len(kl), rel=1e-4)
     assert causal["kl_worst"] == pytest.approx(max(kl), rel=1e-4)
     assert causal["perplexity"] == pytest.approx(math.exp(sum(nats) / len(nats)), rel=1e-4)
-    # four blocks of three masks a window, each with the adapter on its masks
-    assert (block["view"], block["places"]) == ("block", 3 * 4 * 3)
+    # two blocks of three masks a window, each with the adapter on its masks
+    assert (block["view"], block["places"]) == ("block", 3 * 2 * 3)
     assert block["kl"]["value"] > 0
 
 

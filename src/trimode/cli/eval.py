@@ -122,7 +122,7 @@ def evaluate(
     settings = [EvalSetting(mode=mode, knobs=knobs) for mode, knobs in chosen]
     about = {
         "model": model,
-        "precision": runner.forward.precision,
+        "precision": runner.precision,
         "tasks": {task.name: [e.id for e in task.examples] for task in opened},
         "prompts": {task.name: [e.prompt for e in task.examples] for task in opened},
         "settings": [s.label for s in settings],
@@ -204,7 +204,7 @@ def _likelihood(
 
     about = {
         "model": model,
-        "precision": runner.forward.precision,
+        "precision": runner.precision,
         "texts": [t.id for t in texts],
         "samples": samples,
         "seed": seed,

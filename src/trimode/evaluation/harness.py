@@ -53,8 +53,12 @@ class TrimodeLM(TemplateLM):
         """samples: of the diffusion bound, for each number of masks. batch_size: prompts that generate together ("auto": 1).
         add_bos_token: begin texts as the tokenizer would, which the harness itself leaves out by default."""
         super().__init__()
+        import torch
+
         import trimode
 
+        if str(device).startswith("cuda") and not torch.cuda.is_available():
+            device = None  # the harness's own default, which it passes whether or not there is such a device
         self.model: Any = trimode.load(pretrained, dtype=dtype, device=device, threads=threads, quantize=quantize)
         if self.model.tokenizer is None:
             raise SettingError(f"{pretrained} has no tokenizer, and the harness asks in text.")

@@ -20,7 +20,7 @@ __all__ = ["VARIANTS", "check_variants", "compare", "load_variant", "report_wind
 
 TEXT = Path(__file__).with_name("report_text.txt")
 WINDOW = 128
-BLOCKS_PER_WINDOW = 4
+BLOCKS_PER_WINDOW = 2
 VARIANTS = {
     "bfloat16": "weights and arithmetic",
     "float16": "weights and arithmetic",

@@ -31,9 +31,11 @@ def light_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 def eval_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """One row a task and setting: its score, what it cost, and its difference to `ar` on the same samples."""
     table = _table("task")
-    table.add_column("setting", vertical="bottom")
+    table.columns[0].no_wrap = True
+    table.columns[0].vertical = "top"
+    table.add_column("setting", min_width=9, overflow="fold")
     for name in ("n", "score", "minus ar", "in part", "tokens/\nforward", "tokens/s"):
-        table.add_column(name, justify="right", no_wrap=True, vertical="bottom")
+        table.add_column(name, justify="right", no_wrap=True)
     previous = None
     for row in rows:
         if previous not in (None, row["task"]):
@@ -46,7 +48,7 @@ def eval_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             str(row["n"]),
             _percent(row["score"]),
             "" if difference is None else _percent(difference, signed=True),
-            ", ".join(f"{name} {100 * part['value']:.0f}" for name, part in row["parts"].items()),
+            "\n".join(f"{name} {100 * part['value']:.0f}" for name, part in row["parts"].items()),
             _figure(row["decode_tpf"]),
             f"{row['tokens_per_second']['value']:.1f}",
         )
