@@ -75,7 +75,7 @@ class BlockReader:
             g = self._generation([*self.text, *piece], len(self.text))
             step = Step(kind="prefill", tokens=piece, view=Causal(), after=after)
             first = len(self.text) + (after[0] if after else 0)
-            logits = self._run([g], [step], [0])[0].after
+            logits = self._run([g], [step], [0])[0].after.logits
             self.text += piece
             if after:
                 yield first, logits
@@ -86,7 +86,7 @@ class BlockReader:
         self._same = [min(same, length) for same in self._same]
 
     def look(self, asks: Sequence[BlockAsk]) -> Iterator[Tensor]:
-        """For each block the logits [masks, V] at its masked places, left to right."""
+        """For each block the logits [masks, V] at its masked places, left to right; use each before asking for the next."""
         for start in range(0, len(asks), self._rows):
             rows = [self._plan(ask) for ask in asks[start : start + self._rows]]
             # rows of one length share a kernel call when they lie side by side
@@ -94,7 +94,7 @@ class BlockReader:
             found = self._run([rows[i][0] for i in order], [rows[i][1] for i in order], range(1, len(rows) + 1))
             by_ask = dict(zip(order, found, strict=True))
             for i in range(len(rows)):
-                yield by_ask[i].after if len(by_ask[i].after) else by_ask[i].at
+                yield (by_ask[i].after if len(by_ask[i].after) else by_ask[i].at).logits
 
     def decode_block(self, prefix: int) -> tuple[list[int], int]:
         """What the real policy makes of the block behind a prefix: its tokens up to an end of text, and the denoising forwards that
