@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 
 import pytest
 
@@ -91,6 +93,24 @@ def test_every_sample_is_kept_and_a_stopped_run_goes_on(tmp_path, model, monkeyp
     assert max(map(len, out.splitlines())) <= 100
     assert run([*command, "--resume", "--seed", "3"]) == 2
     assert "another" in capfd.readouterr().err
+
+
+def test_a_scheduler_that_ends_the_run_loses_nothing(tmp_path, model, monkeypatch):
+    whole, calls = model.generate, []
+
+    def ended(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(model, "generate", ended)
+    before = signal.getsignal(signal.SIGTERM)
+    command = ["eval", "tiny", "--tasks", "copy", "--limit", "4", "--modes", "ar", "-o", str(tmp_path / "o")]
+    assert run(command) == 130
+    report = json.loads((tmp_path / "o" / "eval.json").read_text())
+    assert (report["partial"], report["results"][0]["n"]) == (True, 2)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_an_example_that_does_not_fit_is_a_wrong_answer(tmp_path, model, monkeypatch):
