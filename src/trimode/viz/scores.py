@@ -58,14 +58,8 @@ def eval_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 def likelihood_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """One row a group of texts: nats a token, exact and bounded."""
     table = _table("texts of")
-    for name in (
-        "texts",
-        "tokens",
-        "ar\nnats a token",
-        "diffusion, at least\nnats a token",
-        "of it by\nits draws",
-        "gap",
-    ):
+    table.columns[0].no_wrap = True
+    for name in ("texts", "tokens", "ar\nnats/token", "diffusion >=\nnats/token", "error by\nits draws", "gap"):
         table.add_column(name, justify="right", no_wrap=True, vertical="bottom")
     for row in rows:
         table.add_row(
