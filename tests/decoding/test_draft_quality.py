@@ -10,6 +10,7 @@ import torch
 from tests.worlds import EOS, MASK, tiny_config
 from trimode.engine.language_model import LanguageModel
 from trimode.model.cache import KeyValueCache
+from trimode.model.forward import Answers
 
 V = 40
 PROMPT = [5, 6, 7]
@@ -55,6 +56,9 @@ class Rows:
 
     def __init__(self, rows) -> None:
         self._rows = rows
+
+    def answers(self, start, stop):
+        return Answers(self.logits(start, stop))
 
     def logits(self, start, stop):
         return self._rows[start:stop]
