@@ -126,7 +126,7 @@ def test_a_silently_disabled_adapter_is_caught():
 def test_a_baseline_of_another_dtype_is_caught():
     peers = {"trimode": Own(tiny_model()), "peer": SimpleNamespace(dtype="bfloat16")}
     with pytest.raises(MeasurementError, match="different dtypes"):
-        list(measure(peers, [Setting(mode="ar")], ASK, max_new_tokens=2))
+        list(measure(peers, [Setting(mode="ar"), Setting(mode="ar", engine="peer")], ASK, max_new_tokens=2))
     records = measured(tiny_model())
     with pytest.raises(MeasurementError, match="different dtypes"):
         summarise([*records, dataclasses.replace(records[0], label="other", dtype="bfloat16")])
