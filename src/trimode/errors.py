@@ -15,6 +15,7 @@ __all__ = [
     "ContextLengthError",
     "DataError",
     "EngineContractError",
+    "MachineTooSmallError",
     "MeasurementError",
     "MissingMaskTokenError",
     "PromptError",
@@ -58,6 +59,10 @@ class UnsupportedModelError(CheckpointError):
 
 class DataError(TrimodeError, ValueError):
     """A file of prompts or training documents is missing, empty or malformed."""
+
+
+class MachineTooSmallError(TrimodeError, RuntimeError):
+    """The weights can never fit into this machine's memory."""
 
 
 class MissingMaskTokenError(TrimodeError, LookupError):

@@ -3,15 +3,15 @@
 import json as jsonlib
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from trimode.cli import screen
+from trimode.cli import progress, screen
+from trimode.cli.modes import mode_settings
 from trimode.cli.options import Device, Dtype, Json, Quantize, Threads, given, whole_number
-from trimode.cli.sweeps import settings_of
 from trimode.cli.tracing import TracePath, Tracer, tracing
 from trimode.errors import DataError, SettingError
 from trimode.viz import terminal
@@ -50,7 +50,7 @@ def bench(
         typer.Option(
             "--peer",
             metavar="NAME",
-            help="transformers or llama.cpp: the same weights and prompts there; may be repeated.",
+            help="transformers, transformers:bfloat16, llama.cpp: the same weights and prompts there; may be repeated.",
         ),
     ] = None,
     load: Annotated[
@@ -80,7 +80,7 @@ def bench(
     """
     plan = Plan(
         model=model,
-        settings=settings_of(modes or MODES, "--modes"),
+        settings=mode_settings(modes or MODES),
         chosen=modes is not None,
         peers=list(dict.fromkeys(peer or [])),
         max_new_tokens=given({"max_new_tokens": max_new_tokens})["max_new_tokens"],
@@ -132,7 +132,7 @@ def _measure(plan: Plan, texts: Any, folder: Path, resume: bool, tracer: Tracer,
     peers.check_installed(plan.peers)
     from trimode.evaluation import benchmark, meters
     from trimode.evaluation.forward_cost import forward_costs
-    from trimode.evaluation.load import measure_load, summarise_load
+    from trimode.evaluation.load import Loaded, measure_load, summarise_load
     from trimode.evaluation.run_folder import RunFolder
 
     before = meters.resident_bytes()
@@ -140,7 +140,7 @@ def _measure(plan: Plan, texts: Any, folder: Path, resume: bool, tracer: Tracer,
     after = meters.resident_bytes()
     benchmark.probe_adapter(runner)
     resident = None if before is None or after is None else after - before
-    own = benchmark.Own(runner, quantize=plan.quantize, resident_bytes=resident, trace=tracer.trace(runner))
+    own = benchmark.Own(runner, resident_bytes=resident, trace=tracer.trace(runner))
     settings = [benchmark.Setting(mode=mode, knobs=knobs) for mode, knobs in _runnable(plan, runner)]
     asked = list(settings)
     contestants: dict[str, Any] = {"trimode": own}
@@ -154,34 +154,46 @@ def _measure(plan: Plan, texts: Any, folder: Path, resume: bool, tracer: Tracer,
     about = {
         "model": plan.model,
         "dtype": own.dtype,
-        "quantize": plan.quantize,
+        "quantize": "int8" if own.dtype == "int8" else None,
         "prompts": [p.prompt for p in texts],
         "settings": [s.label for s in settings],
         "load": list(plan.load),
         **limits,
-        **meters.machine(),
+        **meters.machine(runner),
     }
-    run = RunFolder(folder, about, resume=resume)
+    run = RunFolder.open(folder, "requests", about, resume=resume)
+    requests = [benchmark.Measured(**record) for record in run.records if "concurrency" not in record]
+    loads = [Loaded(**record) for record in run.records if "concurrency" in record]
+    measured = {(r.label, r.prompt, r.round) for r in requests}
+    loaded = {(r.label, r.concurrency, r.round) for r in loads}
+    total = len(texts) * len(settings) * plan.rounds + len(plan.load) * len(asked) * plan.rounds
     partial, costs = False, None
-    measured = {(r.label, r.prompt, r.round) for r in run.requests}
-    loaded = {(r.label, r.concurrency, r.round) for r in run.loads}
     try:
-        for one in benchmark.measure(contestants, settings, texts, done=lambda *key: key in measured, **limits):
-            run.keep(one)
-        if plan.load:
-            for each in measure_load(runner, asked, texts, plan.load, done=lambda *key: key in loaded, **limits):
-                run.keep(each)
+        with progress.bar(total - len(run.records)) as advance:
+            advance("warming up")
+            for one in benchmark.measure(contestants, settings, texts, done=lambda *key: key in measured, **limits):
+                requests.append(one)
+                run.append(asdict(one))
+                advance(one.label)
+            if plan.load:
+                for each in measure_load(runner, asked, texts, plan.load, done=lambda *key: key in loaded, **limits):
+                    loads.append(each)
+                    run.append(asdict(each))
+                    advance(f"{each.label}, {each.concurrency} in flight")
         costs = forward_costs(runner)
     except KeyboardInterrupt:
         partial = True
-    alone = {(r.label, r.prompt): r.token_ids for r in run.requests}
-    results = {
+    alone = {(r.label, r.prompt): r.token_ids for r in requests}
+    report = {
+        **about,
         "partial": partial,
-        "results": benchmark.summarise(run.requests),
-        "load": summarise_load(run.loads, alone),
+        "results": benchmark.summarise(requests),
+        "load": summarise_load(loads, alone),
         "forward_cost": costs,
+        "requests": [asdict(one) for one in requests],
     }
-    return run.report(results)
+    run.finish("bench.json", report)
+    return report
 
 
 def _runnable(plan: Plan, runner: Any) -> list[tuple[str, dict[str, Any]]]:

@@ -181,9 +181,9 @@ class BlockDiffusion(OneByOne):
     def absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Outcome:
         if g.state is None:
             anchor = next_token(predictions.after, g)
-            if not g.traits.first_is_exact:
-                self._start_block(g, length_of_block(g) - 1, anchor)
-            return Outcome(committed=(anchor,), kept=len(step.tokens))
+            # where the first place is exact, blocks start in `plan_one`
+            given = () if g.traits.first_is_exact else self._start_block(g, length_of_block(g) - 1, anchor)
+            return Outcome(committed=(anchor, *given), kept=len(step.tokens))
         progress: Progress = g.state
         if g.traits.first_is_exact:
             return _commit_lead(g, step, denoise(g, progress, predictions.after))
@@ -196,9 +196,10 @@ class BlockDiffusion(OneByOne):
         g.canvas, g.state = [], None
         return Outcome(committed=committed, probabilities=sure, revised=revised)
 
-    def _start_block(self, g: Generation, num_places: int, *anchor: int) -> None:
+    def _start_block(self, g: Generation, num_places: int, *anchor: int) -> tuple[int, ...]:
+        """Lay out the canvas. Returns it where nothing of it is masked, so that there is nothing to denoise."""
         if num_places == 0:
-            return
+            return ()
         mask = g.traits.mask_token_id
         g.canvas = [mask] * num_places
         fixed = frozenset[int]()
@@ -210,11 +211,12 @@ class BlockDiffusion(OneByOne):
                 fixed = frozenset((place,))
         num_masked = g.canvas.count(mask)
         if num_masked == 0:
-            # a block of two whose only place is `</think>`: nothing to denoise; the next causal step takes it from there
-            g.canvas = []
-            return
+            # a block of two whose only place is `</think>`
+            given, g.canvas = tuple(g.canvas), []
+            return given
         num_steps = g.settings.max_denoising_steps or length_of_block(g)
         g.state = Progress(num_masked=num_masked, num_steps=num_steps, fixed=fixed)
+        return ()
 
     def num_scratch(self, settings: Settings, traits: Traits) -> int:
         return settings.block_length or traits.block_length

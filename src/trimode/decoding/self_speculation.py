@@ -17,7 +17,7 @@ from trimode.decoding.settings import Settings
 from trimode.decoding.unmasking import POLICIES, Candidates
 from trimode.model.views import BlockOverCausal, Causal, VerifyAndPredraft
 
-__all__ = ["LinearSelfSpeculation", "QuadraticSelfSpeculation"]
+__all__ = ["Draft", "LinearSelfSpeculation", "QuadraticSelfSpeculation"]
 
 
 @dataclass(slots=True)

@@ -22,7 +22,6 @@ from trimode.engine.pages import Extent, Extents, Prefixes, num_common
 from trimode.engine.request import StreamEvent
 from trimode.engine.scheduler import FairQueue, num_ahead, piece_of, without_leading
 from trimode.errors import ContextLengthError
-from trimode.model.cache import KeyValueCache
 from trimode.model.views import Causal
 
 __all__ = ["Engine", "EngineLimits", "Entry", "Listener", "Snapshot"]
@@ -119,7 +118,7 @@ class Engine:
         num = 1 << (self.limits.cache_positions - 1).bit_length()
         self._extents = Extents(num, smallest=min(num, 64))
         self._prefixes = Prefixes()
-        self._cache = KeyValueCache(model.config, [num], dtype=model.dtype, device=model.device)
+        self._cache = model.forward.make_cache([num])
         # slots are names of extents: they hold nothing until they are placed
         self._cache.starts = [0] * self.limits.max_running
         self._cache.lengths = [0] * self.limits.max_running

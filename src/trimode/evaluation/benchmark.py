@@ -105,12 +105,10 @@ class Contestant(Protocol):
 class Own:
     """trimode's engine around a loaded model."""
 
-    def __init__(
-        self, model: Any, *, quantize: str | None = None, resident_bytes: int | None = None, trace: Any = None
-    ) -> None:
+    def __init__(self, model: Any, *, resident_bytes: int | None = None, trace: Any = None) -> None:
         """trace: a `decoding.trace.Trace` that is to see every forward too."""
         self.model, self.trace = model, trace
-        self.dtype = quantize or str(model.dtype).removeprefix("torch.")
+        self.dtype: str = model.precision
         self.resident_bytes = resident_bytes
 
     def answer(

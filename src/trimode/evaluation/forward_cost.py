@@ -9,7 +9,6 @@ import torch
 from trimode.decoding.autoregressive import Autoregressive
 from trimode.decoding.interface import Generation, Step, Traits
 from trimode.decoding.settings import Settings
-from trimode.model.cache import KeyValueCache
 from trimode.model.views import Causal
 
 __all__ = ["NUM_POSITIONS", "forward_costs"]
@@ -24,7 +23,6 @@ def forward_costs(model: Any, *, rounds: int = 7) -> dict[str, Any]:
     `times_one`: median of the ratio to the forward over one position of the same round, which drift cannot distort.
     """
     cached = min(NUM_CACHED, model.config.max_positions - max(NUM_POSITIONS))
-    cache = KeyValueCache(model.config, [cached + max(NUM_POSITIONS)], dtype=model.dtype, device=model.device)
     generation = Generation(
         prompt=(0,) * (cached + 1),
         settings=Settings(),
@@ -33,7 +31,7 @@ def forward_costs(model: Any, *, rounds: int = 7) -> dict[str, Any]:
         decoder=Autoregressive(),
     )
     generation.cached = cached
-    run = model.make_runner(cache)
+    run = model.make_runner(model.forward.make_cache([cached + max(NUM_POSITIONS)]))
     run.seat([generation])
     taken: dict[int, list[float]] = {T: [] for T in NUM_POSITIONS}
     for round_ in range(-2, rounds):

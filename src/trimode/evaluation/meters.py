@@ -9,7 +9,7 @@ from typing import Any
 
 import trimode
 
-__all__ = ["Meters", "machine", "resident_bytes"]
+__all__ = ["Meters", "machine", "num_threads", "resident_bytes"]
 
 RAPL = Path("/sys/class/powercap")
 STATUS, PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -112,8 +112,8 @@ def _status(key: str) -> int | None:
     return None if line is None else int(line.split()[1]) * 1024
 
 
-def machine() -> dict[str, Any]:
-    """The hardware and the versions that figures hold for."""
+def machine(model: Any = None) -> dict[str, Any]:
+    """The hardware and the versions that figures hold for. model: the one that was measured, which says its threads."""
     import torch
 
     versions = {"trimode": trimode.__version__, "python": platform.python_version(), "torch": torch.__version__}
@@ -128,13 +128,21 @@ def machine() -> dict[str, Any]:
     hardware = {
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "threads": num_threads(model),
+        "kernels": getattr(getattr(model, "forward", None), "kernels", "torch"),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "energy": Meters().energy_source,
         "system": platform.platform(),
     }
     return {"hardware": hardware, "versions": versions}
+
+
+def num_threads(model: Any = None) -> int:
+    """CPU threads of a model's forwards; of PyTorch's where it does not say."""
+    import torch
+
+    return getattr(getattr(model, "forward", None), "threads", None) or torch.get_num_threads()
 
 
 def _processor() -> str:

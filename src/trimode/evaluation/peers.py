@@ -20,20 +20,26 @@ from typing import Any
 from trimode.checkpoint import open_checkpoint
 from trimode.errors import MeasurementError, SettingError, nearest
 from trimode.evaluation.benchmark import Setting
-from trimode.evaluation.meters import resident_bytes
+from trimode.evaluation.meters import num_threads, resident_bytes
 from trimode.evaluation.prompts import BenchPrompt
 
 __all__ = ["PEERS", "LlamaCpp", "LlamaServer", "Transformers", "check_installed", "open_peer"]
 
 PEERS = ("transformers", "llama.cpp")
+DTYPES = ("float32", "bfloat16", "float16")
 SERVER_START_S = 120
 
 
 def check_installed(names: Sequence[str]) -> None:
     """Raise SettingError, with the command that installs it, if one of these peers is missing."""
-    for name in names:
+    for written in names:
+        name, colon, dtype = written.partition(":")
         if name not in PEERS:
-            raise SettingError(f"--peer must be one of {', '.join(PEERS)}; got {name!r}.{nearest(name, PEERS)}")
+            raise SettingError(f"--peer must be one of {', '.join(PEERS)}; got {written!r}.{nearest(name, PEERS)}")
+        if colon and (name != "transformers" or dtype not in DTYPES):
+            raise SettingError(
+                f"--peer takes a dtype for transformers alone, one of {', '.join(DTYPES)}; got {written!r}."
+            )
         if name == "transformers" and (find_spec("transformers") is None or find_spec("accelerate") is None):
             raise SettingError("The peer transformers is not installed. Run `pip install transformers accelerate`.")
         if name == "llama.cpp" and find_spec("llama_cpp") is None and shutil.which("llama-server") is None:
@@ -45,8 +51,9 @@ def check_installed(names: Sequence[str]) -> None:
 
 def open_peer(name: str, model: Any, *, longest: int) -> Any:
     """The peer of this name over the weights of `model`. `longest`: tokens of the longest prompt and answer together."""
+    name, _, dtype = name.partition(":")
     if name == "transformers":
-        return Transformers(model)
+        return Transformers(model, dtype or str(model.dtype).removeprefix("torch."))
     if find_spec("llama_cpp") is not None:
         return LlamaCpp(model, longest)
     return LlamaServer(model, longest, shutil.which("llama-server") or "llama-server")
@@ -80,21 +87,21 @@ def _record(
 
 
 class Transformers:
-    """Hugging Face transformers' `generate` over the same file, dtype and threads."""
+    """Hugging Face transformers' `generate` over the same file and threads."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, dtype: str) -> None:
+        import torch
         from transformers import AutoModelForCausalLM
 
         path = Path(open_checkpoint(model.name).path)
         folder, gguf_file = (path.parent, path.name) if path.suffix == ".gguf" else (path, None)
         before = resident_bytes()
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=model.dtype)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=getattr(torch, dtype))
         self.model, self.peer = model, loaded.eval().to(model.device)
         self.dtype = str(next(self.peer.parameters()).dtype).removeprefix("torch.")
         self.resident_bytes = _grown(before)
-        asked = str(model.dtype).removeprefix("torch.")
-        if self.dtype != asked:
-            raise MeasurementError(f"transformers was asked for {asked} and runs in {self.dtype}. Leave the peer out.")
+        if self.dtype != dtype:
+            raise MeasurementError(f"transformers was asked for {dtype} and runs in {self.dtype}. Leave the peer out.")
 
     def answer(
         self, setting: Setting, prompt: BenchPrompt, max_new_tokens: int, seed: int, *, warm_up: bool = False
@@ -161,7 +168,7 @@ class LlamaCpp:
         from llama_cpp import Llama  # pyright: ignore[reportMissingImports]
 
         path, self.dtype = _gguf_of(model)
-        threads = _num_threads()
+        threads = num_threads(model)
         before = resident_bytes()
         self.model = model
         self.peer: Any = Llama(
@@ -209,7 +216,7 @@ class LlamaServer:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.address = f"http://127.0.0.1:{port}"
-        threads = str(_num_threads())
+        threads = str(num_threads(model))
         options = ["-m", str(path), "--host", "127.0.0.1", "--port", str(port), "-c", str(longest + 8), "-np", "1"]
         self.process = subprocess.Popen(
             [program, *options, "-t", threads, "-tb", threads], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -268,9 +275,3 @@ class LlamaServer:
             self.process.wait(timeout=20)
         except subprocess.TimeoutExpired:
             self.process.kill()
-
-
-def _num_threads() -> int:
-    import torch
-
-    return torch.get_num_threads()

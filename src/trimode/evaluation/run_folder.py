@@ -1,79 +1,81 @@
-"""Where a benchmark's run lies: its plan, every request as soon as it is measured, and the report made of them.
-
-A run that was stopped goes on where it was; one with other settings, versions or prompts is never mixed into it.
-"""
+"""A measurement's folder: what was asked, one JSON record a line as it is measured, so that a stopped run goes on."""
 
 import json
+import os
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from trimode.errors import DataError
-from trimode.evaluation.benchmark import Measured
-from trimode.evaluation.load import Loaded
 
 __all__ = ["RunFolder"]
 
-PLAN, REQUESTS, LOADS, REPORT = "plan.json", "requests.jsonl", "load.jsonl", "bench.json"
-
 
 class RunFolder:
-    """One run. Raises DataError if the folder holds another run, or one that would be overwritten."""
+    """Open with `begin` or `resume`; every record is on the disk when `append` returns."""
 
-    def __init__(self, path: Path, about: Mapping[str, Any], *, resume: bool) -> None:
-        """about: all that must be the same for two requests to belong to one run, ready for JSON."""
-        self.path = path
-        self.about: dict[str, Any] = json.loads(json.dumps(about))
-        self.requests: list[Measured] = []
-        self.loads: list[Loaded] = []
-        plan = path / PLAN
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder = folder
+        self.records: list[dict[str, Any]] = []
+        """All so far, those of the stopped run first."""
+        self._plan = folder / "plan.json"
+        self._lines = folder / f"{name}.jsonl"
+
+    @classmethod
+    def open(cls, folder: Path, name: str, about: Mapping[str, Any], *, resume: bool) -> "RunFolder":
+        """A new run, or with `resume` the stopped one. Raises DataError where the folder holds another or none."""
+        run = cls(folder, name)
+        plain = json.loads(json.dumps(about))
         if resume:
-            self._go_on(plan)
-            return
-        if plan.exists():
-            raise DataError(f"{path} already holds a run. Add --resume to go on with it, or choose another --output.")
+            run._take_up(plain)
+            return run
+        if run._plan.is_file():
+            raise DataError(f"{folder} already holds a run. Add --resume to go on with it, or choose another --output.")
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            plan.write_text(json.dumps(self.about), encoding="utf-8")
-            for name in (REQUESTS, LOADS):
-                (path / name).write_text("", encoding="utf-8")
+            folder.mkdir(parents=True, exist_ok=True)
+            run._lines.write_text("", encoding="utf-8")
+            run._plan.write_text(json.dumps(plain, indent=1), encoding="utf-8")
         except OSError as error:
-            raise DataError(f"{path} cannot be written: {error.strerror}. Choose another --output.") from None
+            raise DataError(f"{folder} cannot be written: {error.strerror}. Choose another --output.") from None
+        return run
 
-    def _go_on(self, plan: Path) -> None:
-        try:
-            known = json.loads(plan.read_text(encoding="utf-8"))
-            self.requests = [Measured(**record) for record in self._records(REQUESTS)]
-            self.loads = [Loaded(**record) for record in self._records(LOADS)]
-        except FileNotFoundError:
-            raise DataError(f"{self.path} holds no run to go on with. Leave out --resume.") from None
-        except (OSError, ValueError, TypeError) as error:
-            raise DataError(f"The run in {self.path} cannot be read: {error}. Choose another --output.") from None
-        if known != self.about:
-            other = [key for key in {**known, **self.about} if known.get(key) != self.about.get(key)]
-            raise DataError(f"{self.path} holds a run with other {', '.join(other)}. Choose another --output.")
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Keep one record."""
+        self.records.append(dict(record))
+        with self._lines.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
-    def _records(self, name: str) -> list[dict[str, Any]]:
-        """Whole lines only: a run may have been killed while it wrote one."""
-        text = (self.path / name).read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            (self.path / name).write_text(whole, encoding="utf-8")
-        return [json.loads(line) for line in whole.splitlines()]
+    def finish(self, name: str, report: Mapping[str, Any]) -> Path:
+        """Write a report beside the records, whole or not at all."""
+        path = self.folder / name
+        partly = path.with_suffix(".part")
+        partly.write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+        os.replace(partly, path)
+        return path
 
-    def keep(self, one: Measured | Loaded) -> None:
-        """Write one measurement down at once."""
-        name = REQUESTS if isinstance(one, Measured) else LOADS
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(one)) + "\n")
-        if isinstance(one, Measured):
-            self.requests.append(one)
-        else:
-            self.loads.append(one)
+    def _take_up(self, about: Mapping[str, Any]) -> None:
+        if not self._plan.is_file():
+            raise DataError(f"{self.folder} holds no run to go on with. Leave out --resume.")
+        known = _parse(self._plan.read_text(encoding="utf-8"), str(self._plan))
+        differing = sorted(key for key in {*known, *about} if known.get(key) != about.get(key))
+        if differing:
+            raise DataError(
+                f"{self.folder} holds a run with another {', '.join(differing[:3])}. "
+                "Give the same command again with --resume, or choose another --output."
+            )
+        lines = self._lines.read_text(encoding="utf-8").split("\n")
+        # a run that was killed while it wrote leaves a line without its end
+        whole, rest = lines[:-1], lines[-1]
+        self.records = [_parse(line, f"{self._lines}, line {n}") for n, line in enumerate(whole, 1)]
+        if rest:
+            self._lines.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
 
-    def report(self, results: Mapping[str, Any]) -> dict[str, Any]:
-        """The whole report, written to `bench.json` too."""
-        whole = {**self.about, **results, "requests": [asdict(one) for one in self.requests]}
-        (self.path / REPORT).write_text(json.dumps(whole, indent=1), encoding="utf-8")
-        return whole
+
+def _parse(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON ({error}). Start anew in another --output.") from None
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: not an object. Start anew in another --output.")
+    return record
