@@ -79,7 +79,7 @@ class Lying:
 
     def __init__(self, change, model=None):
         self.inner, self.change = model or tiny_model(), change
-        self.dtype, self.adapter, self.config = torch.float32, self.inner.adapter, self.inner.config
+        self.precision, self.adapter, self.config = "float32", self.inner.adapter, self.inner.config
 
     def generate(self, *args, **kwargs):
         return self.change(self.inner.generate(*args, **kwargs))

@@ -190,6 +190,7 @@ def _measure(plan: Plan, texts: Any, folder: Path, resume: bool, tracer: Tracer,
         "results": benchmark.summarise(requests),
         "load": summarise_load(loads, alone),
         "forward_cost": costs,
+        "notes": [note for name in plan.peers for note in contestants[name].notes],
         "requests": [asdict(one) for one in requests],
     }
     run.finish("bench.json", report)
@@ -240,7 +241,7 @@ def _tell(report: dict[str, Any], folder: Path, earlier: dict[str, Any] | None, 
 def _remarks(report: dict[str, Any], compared: list[dict[str, Any]]) -> list[str]:
     """What the reader of the table must know."""
     rows = report["results"]
-    said = []
+    said = list(report["notes"])
     noisy = [row["label"] for row in rows if row["noise"] and row["noise"]["too_noisy"]]
     if noisy:
         said.append(

@@ -9,6 +9,7 @@ import math
 import shutil
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Sequence
@@ -92,13 +93,20 @@ class Transformers:
     def __init__(self, model: Any, dtype: str) -> None:
         import torch
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
 
         path = Path(open_checkpoint(model.name).path)
         folder, gguf_file = (path.parent, path.name) if path.suffix == ".gguf" else (path, None)
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
         before = resident_bytes()
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=getattr(torch, dtype))
         self.model, self.peer = model, loaded.eval().to(model.device)
-        self.dtype = str(next(self.peer.parameters()).dtype).removeprefix("torch.")
+        sizes: dict[str, int] = {}
+        for weight in self.peer.parameters():
+            sizes[str(weight.dtype)] = sizes.get(str(weight.dtype), 0) + weight.numel()
+        self.dtype = max(sizes, key=sizes.__getitem__).removeprefix("torch.")  # a norm may be wider than the rest
+        self.notes: list[str] = []
         self.resident_bytes = _grown(before)
         if self.dtype != dtype:
             raise MeasurementError(f"transformers was asked for {dtype} and runs in {self.dtype}. Leave the peer out.")
@@ -162,47 +170,79 @@ def _gguf_of(model: Any) -> tuple[Path, str]:
 
 
 class LlamaCpp:
-    """llama.cpp in this process, through llama-cpp-python, over the same file."""
+    """llama.cpp through llama-cpp-python, over the same file, in a process of its own."""
 
     def __init__(self, model: Any, longest: int) -> None:
-        from llama_cpp import Llama  # pyright: ignore[reportMissingImports]
-
         path, self.dtype = _gguf_of(model)
-        threads = num_threads(model)
-        before = resident_bytes()
         self.model = model
-        self.peer: Any = Llama(
-            model_path=str(path),
-            n_ctx=longest + 8,
-            n_threads=threads,
-            n_threads_batch=threads,
-            n_gpu_layers=-1 if model.device.type == "cuda" else 0,
-            use_mmap=False,  # mapped pages would count as memory only once they are touched
-            verbose=False,
+        self.notes: list[str] = []
+        self._about = {
+            "path": str(path),
+            "context": longest + 8,
+            "threads": num_threads(model),
+            "gpu": model.device.type == "cuda",
+        }
+        try:
+            self._start(plain=False)
+        except MeasurementError:
+            # seen where a virtual machine shows AMX and does not grant it: the weights repacked for it crash
+            self._start(plain=True)
+            self.notes.append("llama.cpp crashes here with its repacked weights; it runs without them")
+
+    def _start(self, *, plain: bool) -> None:
+        """Load, and answer once so that a crash comes now. Raises MeasurementError."""
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "trimode.evaluation.llama_worker", json.dumps({**self._about, "plain": plain})],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
         )
-        self.resident_bytes = _grown(before)
+        said = self._read()
+        self.resident_bytes = said["resident_bytes"] or None
+        self._ask([0, 0], 2, [])
+
+    def _ask(self, ids: list[int], most: int, ends: list[int]) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps({"ids": ids, "most": most, "ends": ends}) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has died; reading says so
+        return self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            status = self.process.wait()
+            raise MeasurementError(f"llama.cpp ended with status {status}. Leave the peer out, or build it anew.")
+        return json.loads(line)
 
     def answer(
         self, setting: Setting, prompt: BenchPrompt, max_new_tokens: int, seed: int, *, warm_up: bool = False
     ) -> dict[str, Any]:
         start = time.perf_counter()
         prompt_ids = self.model.encode(prompt.as_asked())
-        ends = set(self.model.config.eos_token_ids)
-        self.peer.reset()  # it would find the prompt in its cache the second time
-        new: list[int] = []
-        first = None
-        with closing(self.peer.generate(prompt_ids, temp=0.0, top_k=1, repeat_penalty=1.0)) as tokens:
-            for token in tokens:
-                if first is None:
-                    first = time.perf_counter() - start
-                new.append(int(token))
-                if token in ends or len(new) == max_new_tokens:
-                    break
-        return _record(prompt_ids, new, ends, time.perf_counter() - start, first)
+        encoding = time.perf_counter() - start  # ours counts it, so theirs does
+        ends = list(self.model.config.eos_token_ids)
+        told = self._ask(prompt_ids, max_new_tokens, ends)
+        first = None if told["first"] is None else encoding + told["first"]
+        return _record(prompt_ids, told["ids"], set(ends), encoding + told["seconds"], first)
 
     def close(self) -> None:
-        """Let go of its memory."""
-        self.peer.close()
+        """End the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        _end(self.process)
+
+
+def _end(process: subprocess.Popen[Any]) -> None:
+    process.terminate()
+    try:
+        process.wait(timeout=20)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 class LlamaServer:
@@ -211,6 +251,7 @@ class LlamaServer:
     def __init__(self, model: Any, longest: int, program: str) -> None:
         path, self.dtype = _gguf_of(model)
         self.model = model
+        self.notes: list[str] = []
         self.resident_bytes = None  # another process's memory is not measured
         with closing(socket.socket()) as probe:
             probe.bind(("127.0.0.1", 0))
@@ -270,8 +311,4 @@ class LlamaServer:
 
     def close(self) -> None:
         """End the process."""
-        self.process.terminate()
-        try:
-            self.process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
+        _end(self.process)
