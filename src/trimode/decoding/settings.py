@@ -10,7 +10,7 @@ from typing import Any
 
 from trimode.errors import SettingError, nearest
 
-__all__ = ["MODES", "UNMASKING", "Settings", "check_for_mode", "parse_settings"]
+__all__ = ["MODES", "UNMASKING", "Settings", "check_for_mode", "parse_settings", "turns_a_mode"]
 
 MODES = ("auto", "ar", "diffusion", "self_spec")
 UNMASKING = ("threshold", "fixed", "entropy_bound", "margin", "leftmost", "random")
@@ -120,6 +120,11 @@ def check_for_mode(given: Mapping[str, Any], mode: str) -> None:
             raise SettingError(
                 f"{own} has no effect in mode {mode!r}; it belongs to {' and '.join(modes)}. Leave it out."
             )
+
+
+def turns_a_mode(given: Mapping[str, Any]) -> bool:
+    """Whether one of these knobs belongs to some modes only."""
+    return any(value is not None and _KNOB_ALIASES.get(name, name) in _ONLY_IN for name, value in given.items())
 
 
 def _coerce(values: dict[str, Any]) -> None:

@@ -18,14 +18,21 @@ from trimode.decoding.block_diffusion import BlockDiffusion, Infill
 from trimode.decoding.generate import Observer, run_to_end
 from trimode.decoding.interface import Decoder, Generation, Traits
 from trimode.decoding.self_speculation import LinearSelfSpeculation, QuadraticSelfSpeculation
-from trimode.decoding.settings import Settings, check_for_mode, parse_settings
+from trimode.decoding.settings import Settings, check_for_mode, parse_settings, turns_a_mode
 from trimode.decoding.trace import traced
 from trimode.device import check_memory, pick_device, pick_dtype, set_threads
 from trimode.engine.answer import Answer, AnswerText
 from trimode.engine.prompts import check_ids, encode_prompt, is_batch
 from trimode.engine.request import Generated, Infilled, Request, Stats, StreamEvent
 from trimode.engine.runner import Runner
-from trimode.errors import ContextLengthError, MissingMaskTokenError, PromptError, SettingError, TrimodeError
+from trimode.errors import (
+    CheckpointError,
+    ContextLengthError,
+    MissingMaskTokenError,
+    PromptError,
+    SettingError,
+    TrimodeError,
+)
 from trimode.model import native
 from trimode.model.attention import KernelName, Span
 from trimode.model.config import ModelConfig
@@ -167,6 +174,8 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.adapter = adapter
         self._checkpoint = checkpoint
+        self.auto = {} if checkpoint is None else _checked_auto(checkpoint)
+        """What mode "auto" stands for where somebody tuned it: the mode and its knobs."""
         self._decoders: dict[str, Decoder] = {
             "ar": Autoregressive(),
             "diffusion": BlockDiffusion(),
@@ -352,6 +361,10 @@ class LanguageModel:
         """Checked settings, and the mode that `auto` stands for."""
         settings = parse_settings(knobs)
         mode = settings.mode
+        if mode == "auto" and self.auto and not turns_a_mode(knobs):
+            knobs = {**knobs, **self.auto}
+            settings = parse_settings(knobs)
+            mode = settings.mode
         if mode == "auto":
             mode = "self_spec" if self.config.trained_for_blocks and self.config.mask_token_id is not None else "ar"
         check_for_mode(knobs, mode)
@@ -639,6 +652,21 @@ class LanguageModel:
         assert self._checkpoint is not None
         # the numbers that it was loaded from, not those that the engine made of them
         return self._checkpoint.tensors(dtype=pick_dtype(None, self._checkpoint.stored_dtype))
+
+
+def _checked_auto(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The tuned setting of a checkpoint. Raises CheckpointError if it makes no sense."""
+    auto = checkpoint.auto
+    try:
+        settings = parse_settings(auto)
+        check_for_mode(auto, settings.mode)
+        if auto and settings.mode == "auto":
+            raise SettingError("mode must not be auto again.")
+    except SettingError as error:
+        raise CheckpointError(
+            f"trimode.auto in {checkpoint.generation_path}: {error} Run trimode tune again."
+        ) from None
+    return dict(auto)
 
 
 def num_positions(g: Generation) -> int:

@@ -234,8 +234,8 @@ def summarise(records: Sequence[Measured]) -> list[dict[str, Any]]:
                 f"Measurements in different dtypes cannot be compared: {r.label} in {r.dtype}, the baseline in {own}."
             )
     baseline = {(r.prompt, r.round): r for r in records if r.label == "ar"}
-    labels = list(dict.fromkeys(r.label for r in records))
-    labels.sort(key=lambda label: label != "ar")
+    engines = {r.label: r.engine for r in records}
+    labels = sorted(engines, key=lambda label: (label != "ar", engines[label] != "trimode", label))
     return [_row([r for r in records if r.label == label], baseline) for label in labels]
 
 

@@ -4,6 +4,7 @@ Each is given ids, greedy, and gives ids; what it does between is its own. A pee
 runs, and its rows are labelled with them: a baseline in other numbers must never pass for the same one.
 """
 
+import io
 import json
 import math
 import shutil
@@ -13,7 +14,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -97,10 +98,10 @@ class Transformers:
 
         path = Path(open_checkpoint(model.name).path)
         folder, gguf_file = (path.parent, path.name) if path.suffix == ".gguf" else (path, None)
-        logging.disable_progress_bar()
         logging.set_verbosity_error()
         before = resident_bytes()
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=getattr(torch, dtype))
+        with redirect_stderr(io.StringIO()):  # its bars of progress know no switch
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=getattr(torch, dtype))
         self.model, self.peer = model, loaded.eval().to(model.device)
         sizes: dict[str, int] = {}
         for weight in self.peer.parameters():

@@ -24,6 +24,7 @@ __all__ = [
     "settled",
     "stats_line",
     "totals_line",
+    "tune_table",
 ]
 
 MASK = "░"
@@ -137,6 +138,24 @@ def bench_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             "" if tpf is None else f"{tpf['total']:.2f}",
             "" if rounds is None else f"{rounds['total']:.2f}",
             "" if first is None else f"{first['median']:.2f} s",
+            "" if agreement is None else f"{agreement['share_equal']:.0%}",
+        )
+    return table
+
+
+def tune_table(points: Sequence[Mapping[str, Any]], chosen: str, least: float) -> Table:
+    """One row a setting, fastest first; a star marks the chosen one, brackets a quality below the least asked for."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True, header_style="bold")
+    table.add_column("setting", vertical="bottom", overflow="fold")
+    for name in ("tokens/s", "tokens/\nforward", "quality", "equal\nto ar"):
+        table.add_column(name, justify="right", vertical="bottom", no_wrap=True)
+    for point in sorted(points, key=lambda p: -p["tokens_per_second"]):
+        quality, agreement = f"{point['quality']:.3f}", point["agreement_with_ar"]
+        table.add_row(
+            f"* {point['label']}" if point["label"] == chosen else f"  {point['label']}",
+            f"{point['tokens_per_second']:.1f}",
+            f"{point['tokens_per_forward']:.2f}",
+            quality if point["quality"] >= least else f"({quality})",
             "" if agreement is None else f"{agreement['share_equal']:.0%}",
         )
     return table
