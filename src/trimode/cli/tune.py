@@ -167,12 +167,10 @@ def _measure(
 
 
 def _tell(report: dict[str, Any], folder: Path, written: Path | None, *, json: bool) -> None:
-    from trimode.viz.plots import frontier
+    from trimode.viz.plots import tune_picture
 
     try:
-        title = f"{report['model']} · {report['dtype']} · {report['hardware']['processor']}"
-        path = folder / "frontier.png"
-        frontier(report["points"], path, title, chosen=report["chosen"], least=report["least_quality"])
+        tune_picture(report, folder)
     except ImportError:
         screen.say("The picture needs matplotlib: pip install matplotlib.")
     if json:

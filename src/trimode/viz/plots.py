@@ -14,6 +14,7 @@ __all__ = [
     "frontier",
     "throughput_by_load",
     "tokens_per_second",
+    "tune_picture",
 ]
 
 COLOURS = {"ar": "#6b7075", "diffusion": "#d98a1f", "self_spec": "#2f9e66", "auto": "#4a86d8"}
@@ -41,6 +42,13 @@ def bench_pictures(report: Mapping[str, Any], folder: Path) -> list[Path]:
     return made
 
 
+def tune_picture(report: Mapping[str, Any], folder: Path) -> Path:
+    """The frontier of a tuning run. Raises ImportError without matplotlib."""
+    path = folder / "frontier.png"
+    frontier(report["points"], path, _title(report), chosen=report["chosen"], least=report["least_quality"])
+    return path
+
+
 def tokens_per_second(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     """A bar a setting, its median with the quartiles over requests."""
     figure, axes = _figure(height=1.1 + 0.42 * len(rows))
@@ -64,7 +72,9 @@ def acceptance_by_position(rows: Sequence[Mapping[str, Any]], path: Path, title:
     for row in rows:
         shares = row["acceptance_by_position"]
         if shares:
-            axes.plot(range(1, len(shares) + 1), shares, marker="o", markersize=4, label=_short(row["label"]))
+            dashed = "--" if row["mode"] == "auto" else "-"  # it lies on the line of the mode that it stands for
+            at = range(1, len(shares) + 1)
+            axes.plot(at, shares, dashed, marker="o", markersize=4, label=_short(row["label"]))
     axes.set(xlabel="position in the draft", ylabel="rounds that accepted it", ylim=(0, 1))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title(title, fontsize=10)
@@ -137,7 +147,7 @@ def frontier(points: Sequence[Mapping[str, Any]], path: Path, title: str, *, cho
         axes.plot([p[key] for p in best], [p["quality"] for p in best], color="#00000055", linewidth=1, zorder=1)
         for i, point in enumerate(best):
             axes.annotate(
-                _short(point["label"]),
+                " ".join([point["mode"], *(str(value) for value in point["settings"].values())]),
                 (point[key], point["quality"]),
                 textcoords="offset points",
                 xytext=(0, 7 if i % 2 == 0 else -13),
@@ -146,7 +156,7 @@ def frontier(points: Sequence[Mapping[str, Any]], path: Path, title: str, *, cho
             )
         axes.axhline(least, color="#cf4a3c", linewidth=0.8, linestyle="--")
         axes.set(xlabel=name, ylabel="quality")
-        axes.margins(x=0.14, y=0.12)
+        axes.margins(x=0.2, y=0.12)
         axes.grid(alpha=0.2)
     seen = dict.fromkeys(point["mode"] for point in points)
     handles = [panels[0].scatter([], [], color=COLOURS.get(mode, PEER), label=mode) for mode in seen]
