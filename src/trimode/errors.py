@@ -15,6 +15,7 @@ __all__ = [
     "ContextLengthError",
     "DataError",
     "EngineContractError",
+    "GrammarError",
     "MachineTooSmallError",
     "MeasurementError",
     "MissingMaskTokenError",
@@ -71,6 +72,10 @@ class MissingMaskTokenError(TrimodeError, LookupError):
 
 class ChatTemplateError(TrimodeError, RuntimeError):
     """The checkpoint's chat template could not render these messages."""
+
+
+class GrammarError(TrimodeError, ValueError):
+    """A grammar cannot be read, is too large, or no answer of this checkpoint can match it."""
 
 
 class QueueFullError(TrimodeError, RuntimeError):

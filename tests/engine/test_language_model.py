@@ -8,6 +8,7 @@ import torch
 
 import trimode
 from tests.worlds import EOS, random_lora, tiny_config, tiny_model
+from trimode.decoding.interface import Rows
 from trimode.errors import ContextLengthError, MissingMaskTokenError, PromptError, SettingError, TrimodeError
 
 MODEL = tiny_model(1)
@@ -315,12 +316,12 @@ def test_a_penalty_does_not_make_a_filled_token_a_repetition_of_itself():
     logits = torch.ones(2, model.config.vocab_size)
     logits[0, 9], logits[1, 11] = 4.0, 4.0
     logits[:, mask] = -9.0
-    assert denoise(g, Progress(num_masked=2, num_steps=2), logits) == 0
+    assert denoise(g, Progress(num_masked=2, num_steps=2), Rows(logits)) == 0
     assert g.canvas == [9, 11]
     # a token that stands elsewhere in the block is one
     g.canvas = [9, 9]
     logits[1] = logits[0]
-    assert denoise(g, Progress(num_masked=2, num_steps=2), logits) == 2
+    assert denoise(g, Progress(num_masked=2, num_steps=2), Rows(logits)) == 2
 
 
 def test_one_tensor_in_a_list_is_a_batch_of_one():

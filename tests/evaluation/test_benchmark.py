@@ -13,7 +13,7 @@ from trimode.cli.app import run
 from trimode.decoding.autoregressive import Autoregressive
 from trimode.decoding.block_diffusion import BlockDiffusion
 from trimode.decoding.generate import run_to_end
-from trimode.decoding.interface import Generation, Predictions, Traits
+from trimode.decoding.interface import Generation, Predictions, Rows, Traits
 from trimode.decoding.self_speculation import LinearSelfSpeculation
 from trimode.decoding.settings import Settings
 from trimode.errors import MeasurementError
@@ -34,7 +34,7 @@ def watched(decoder, wrong=(), **settings):
     """A model that knows the text; as a drafter it errs at the positions `wrong`."""
 
     def rows(tokens):
-        return torch.nn.functional.one_hot(torch.tensor(tokens, dtype=torch.long), VOCAB).float() * 50
+        return Rows(torch.nn.functional.one_hot(torch.tensor(tokens, dtype=torch.long), VOCAB).float() * 50)
 
     def answer(generations, steps):
         predictions = []

@@ -12,7 +12,22 @@ from typing import Annotated, Any
 import typer
 
 from trimode import __version__
-from trimode.cli import bench, chat, convert, demo, distill, eval, generate, info, screen, sol, trace, train, tune
+from trimode.cli import (
+    bench,
+    chat,
+    convert,
+    demo,
+    distill,
+    eval,
+    generate,
+    info,
+    screen,
+    serve,
+    sol,
+    trace,
+    train,
+    tune,
+)
 from trimode.cli.help import HelpfulCommand, HelpfulGroup
 from trimode.errors import TrimodeError, nearest
 
@@ -34,6 +49,7 @@ app = typer.Typer(
 )
 app.command("generate", cls=HelpfulCommand)(generate.generate)
 app.command("chat", cls=HelpfulCommand)(chat.chat)
+app.command("serve", cls=HelpfulCommand)(serve.serve)
 app.command("info", cls=HelpfulCommand)(info.info)
 app.command("demo", cls=HelpfulCommand)(demo.demo)
 app.command("convert", cls=HelpfulCommand)(convert.convert)

@@ -165,8 +165,8 @@ def _probability(step: Step, cursor: int, predictions: Predictions, place: int, 
     offsets = step.view.offsets(len(step.tokens))
     for row, i in enumerate(step.after):
         if cursor + offsets[i] + 1 == place:
-            return float(predictions.after[row].float().softmax(dim=-1)[token])
+            return float(predictions.after.logits[row].float().softmax(dim=-1)[token])
     for row, i in enumerate(step.at):
         if cursor + offsets[i] == place:
-            return float(predictions.at[row].float().softmax(dim=-1)[token])
+            return float(predictions.at.logits[row].float().softmax(dim=-1)[token])
     return None

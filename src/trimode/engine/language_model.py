@@ -6,6 +6,7 @@ Each call runs the reference loop over a batch of its own, with a cache allocate
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,9 +17,9 @@ from trimode.checkpoint.packing import packed_weights
 from trimode.decoding.autoregressive import Autoregressive
 from trimode.decoding.block_diffusion import BlockDiffusion, Infill
 from trimode.decoding.generate import Observer, run_to_end
-from trimode.decoding.interface import Decoder, Generation, Traits
+from trimode.decoding.interface import Constraint, Decoder, Generation, Traits
 from trimode.decoding.self_speculation import LinearSelfSpeculation, QuadraticSelfSpeculation
-from trimode.decoding.settings import Settings, check_for_mode, parse_settings, turns_a_mode
+from trimode.decoding.settings import Settings, check_for_mode, check_with_constraint, parse_settings, turns_a_mode
 from trimode.decoding.trace import traced
 from trimode.device import check_memory, pick_device, pick_dtype, set_threads
 from trimode.engine.answer import Answer, AnswerText
@@ -28,6 +29,7 @@ from trimode.engine.runner import Runner
 from trimode.errors import (
     CheckpointError,
     ContextLengthError,
+    GrammarError,
     MissingMaskTokenError,
     PromptError,
     SettingError,
@@ -41,6 +43,7 @@ from trimode.model.lora import Lora
 from trimode.model.native import NativeForward, Precision
 from trimode.model.transformer import Transformer
 from trimode.model.views import BlockOverCausal, Causal
+from trimode.text.grammar import Grammar, GrammarKind, Grammars
 from trimode.text.tokenizer import Tokenizer
 
 __all__ = ["LanguageModel", "load", "num_positions"]
@@ -51,6 +54,7 @@ DEFAULT_SPAN_LENGTH = 16
 _NATIVE_DTYPES: dict[torch.dtype, Precision] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _NOT_FOR_INFILL = {
     "mode",
+    "logprobs",
     "block_length",
     "block_size",
     "max_new_tokens",
@@ -176,6 +180,8 @@ class LanguageModel:
         self._checkpoint = checkpoint
         self.auto = {} if checkpoint is None else _checked_auto(checkpoint)
         """What mode "auto" stands for where somebody tuned it: the mode and its knobs."""
+        self._grammars: Grammars | None = None
+        self._grammars_lock = Lock()
         self._decoders: dict[str, Decoder] = {
             "ar": Autoregressive(),
             "diffusion": BlockDiffusion(),
@@ -230,20 +236,22 @@ class LanguageModel:
         *,
         raw: bool = False,
         template: Mapping[str, Any] | None = None,
+        grammar: Grammar | None = None,
         observe: Observer | None = None,
         **knobs: Any,
     ) -> Any:
         """Answer a prompt (string, chat messages or ids), or each of a list of prompts in one batch.
 
         raw: strings are not put through the chat template. template: variables for it, such as {"enable_thinking": True}.
-        observe: called with (generation, step, outcome) after each forward. Knobs: see `Settings`.
+        grammar: what every answer must match. observe: called with (generation, step, outcome) after each forward.
+        Knobs: see `Settings`.
         Returns Generated, or a list of them for a list of prompts.
         """
         many = is_batch(prompt)
         if not many:
-            answers = [self.open_answer(prompt, knobs, raw=raw, template=template)]
+            answers = [self.open_answer(prompt, knobs, raw=raw, template=template, grammar=grammar)]
         else:
-            answers = [self._answer_of(i, p, knobs, raw, template) for i, p in enumerate(prompt)]
+            answers = [self._answer_of(i, p, knobs, raw, template, grammar) for i, p in enumerate(prompt)]
         for _ in self._run(answers, observe):
             pass
         outputs = [self.output(a) for a in answers]
@@ -255,6 +263,7 @@ class LanguageModel:
         *,
         raw: bool = False,
         template: Mapping[str, Any] | None = None,
+        grammar: Grammar | None = None,
         canvas: bool = False,
         observe: Observer | None = None,
         **knobs: Any,
@@ -265,7 +274,7 @@ class LanguageModel:
         """
         if is_batch(prompt):
             raise PromptError("stream takes one prompt. Use generate for a list of prompts.")
-        answer = self.open_answer(prompt, knobs, raw=raw, template=template)
+        answer = self.open_answer(prompt, knobs, raw=raw, template=template, grammar=grammar)
         return self._stream(answer, canvas, observe)
 
     def _stream(self, answer: Answer, canvas: bool, observe: Observer | None) -> Iterator[StreamEvent]:
@@ -306,6 +315,7 @@ class LanguageModel:
             token_ids=g.new_tokens,
             finish_reason=g.finish_reason or "cancelled",
             stats=answer.stats(),
+            logprobs=None if g.settings.logprobs is None else list(g.logprobs),
         )
 
     def token_text(self, token: int) -> str | None:
@@ -313,6 +323,20 @@ class LanguageModel:
         if token == self.config.mask_token_id:
             return None
         return str(token) if self.tokenizer is None else self.tokenizer.decode([token])
+
+    def grammar(self, kind: GrammarKind, source: Any = None) -> Grammar:
+        """A grammar over this checkpoint's tokens: "json_object", "json_schema" (a schema), "regex" or "lark" (a text).
+
+        Raises GrammarError. Needs the package llguidance.
+        """
+        if self.tokenizer is None or not self.config.eos_token_ids:
+            raise GrammarError(
+                f"{self.name} has no tokenizer or no end-of-text token, so no grammar can hold its answers."
+            )
+        with self._grammars_lock:
+            if self._grammars is None:
+                self._grammars = Grammars(self.tokenizer, self.config.vocab_size, self.config.eos_token_ids)
+        return self._grammars.compile(kind, source)
 
     def encode(self, prompt: Any, *, raw: bool = False, template: Mapping[str, Any] | None = None) -> list[int]:
         """The ids that `generate` would read for this prompt."""
@@ -327,41 +351,63 @@ class LanguageModel:
         *,
         raw: bool = False,
         template: Mapping[str, Any] | None = None,
+        grammar: Grammar | None = None,
     ) -> Answer:
         """A request, checked and ready to run: what an engine takes. Raises the user's mistakes."""
         if isinstance(prompt, Request):
             knobs = {**knobs, **prompt.knobs}
             prompt = prompt.prompt
-        settings, mode = self._settings(knobs)
+        settings, mode = self._settings(knobs, may_be_tuned=grammar is None)
+        if grammar is not None:
+            check_with_constraint(knobs, settings)
         ids = encode_prompt(prompt, self.tokenizer, self.config, raw=raw, variables=template)
         settings = self._fit(len(ids), settings, "max_new_tokens" in knobs)
         decoder = self._decoders[settings.self_spec_kind if mode == "self_spec" else mode]
-        return self._begin(ids, settings, mode, decoder)
+        return self._begin(ids, settings, mode, decoder, None if grammar is None else grammar.start())
 
     def _answer_of(
-        self, i: int, prompt: Any, knobs: Mapping[str, Any], raw: bool, template: Mapping[str, Any] | None
+        self,
+        i: int,
+        prompt: Any,
+        knobs: Mapping[str, Any],
+        raw: bool,
+        template: Mapping[str, Any] | None,
+        grammar: Grammar | None,
     ) -> Answer:
         try:
-            return self.open_answer(prompt, knobs, raw=raw, template=template)
+            return self.open_answer(prompt, knobs, raw=raw, template=template, grammar=grammar)
         except TrimodeError as error:
             raise type(error)(f"Prompt {i} of the batch: {error}") from None
 
-    def _begin(self, ids: tuple[int, ...], settings: Settings, mode: str, decoder: Decoder) -> Answer:
+    def _begin(
+        self,
+        ids: tuple[int, ...],
+        settings: Settings,
+        mode: str,
+        decoder: Decoder,
+        constraint: Constraint | None = None,
+    ) -> Answer:
         random = torch.Generator()
         if settings.seed is None:
             random.seed()
         else:
             random.manual_seed(settings.seed)
         generation = Generation(
-            prompt=ids, settings=settings, traits=self._traits(settings), random=random, decoder=decoder
+            prompt=ids,
+            settings=settings,
+            traits=self._traits(settings),
+            random=random,
+            decoder=decoder,
+            constraint=constraint,
         )
         return Answer(generation, mode, AnswerText(self.tokenizer, generation), self.notice(mode))
 
-    def _settings(self, knobs: Mapping[str, Any]) -> tuple[Settings, str]:
-        """Checked settings, and the mode that `auto` stands for."""
+    def _settings(self, knobs: Mapping[str, Any], *, may_be_tuned: bool = True) -> tuple[Settings, str]:
+        """Checked settings, and the mode that `auto` stands for. may_be_tuned: it may be what somebody tuned."""
         settings = parse_settings(knobs)
         mode = settings.mode
-        if mode == "auto" and self.auto and not turns_a_mode(knobs):
+        if mode == "auto" and may_be_tuned and not turns_a_mode(knobs):
+            # whoever turns a knob of some mode has a setting of his own in mind
             knobs = {**knobs, **self.auto}
             settings = parse_settings(knobs)
             mode = settings.mode

@@ -6,9 +6,7 @@ after it for checkpoints that were trained with a shift.
 
 from collections.abc import Sequence
 
-import torch
-
-from trimode.decoding.interface import Generation, Predictions, Step
+from trimode.decoding.interface import Generation, Predictions, Rows, Step
 from trimode.model.attention import Span
 from trimode.model.forward import Cache, Forward, Inputs
 
@@ -52,19 +50,19 @@ class Runner:
             asked.extend(start + i for i in step.after)
             asked.extend(start + self._row_at(step, i) for i in step.at)
         inputs = Inputs(tokens=tokens, positions=positions, spans=spans, adapted=adapted, asked=asked)
-        logits = self._forward(inputs, self._cache).logits(0, len(asked))
-        return _hand_out(logits, steps)
+        rows = Rows(*self._forward(inputs, self._cache).answers(0, len(asked)))
+        return _hand_out(rows, steps)
 
     def _row_at(self, step: Step, index: int) -> int:
         return step.view.predecessor(index) if self._shifted else index
 
 
-def _hand_out(logits: torch.Tensor, steps: Sequence[Step]) -> list[Predictions]:
+def _hand_out(rows: Rows, steps: Sequence[Step]) -> list[Predictions]:
     predictions = []
     start = 0
     for step in steps:
         middle = start + len(step.after)
         end = middle + len(step.at)
-        predictions.append(Predictions(after=logits[start:middle], at=logits[middle:end]))
+        predictions.append(Predictions(after=rows[start:middle], at=rows[middle:end]))
         start = end
     return predictions

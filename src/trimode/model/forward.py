@@ -6,7 +6,7 @@ makes and owns its cache's memory. Whoever plans forwards cannot tell them apart
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,7 +17,18 @@ from trimode.model.config import ModelConfig
 from trimode.model.lora import Lora
 from trimode.model.transformer import Transformer
 
-__all__ = ["Cache", "Forward", "Inputs", "Scores", "TorchForward"]
+__all__ = ["Answers", "Cache", "Forward", "Inputs", "Scores", "TorchForward"]
+
+
+class Answers(NamedTuple):
+    """The output head over some hidden states, and what was found beside."""
+
+    logits: Tensor
+    """[n, V] in the model's dtype"""
+    best: tuple[int, ...] | None = None
+    """The arg-max of each row, the mask token left out; None where nobody looked."""
+    logsumexp: Tensor | None = None
+    """[n] float32; None where nobody looked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +62,12 @@ class Cache(Protocol):
 class Scores(Protocol):
     """What a forward found about the inputs that were asked for."""
 
+    def answers(self, start: int, stop: int) -> "Answers":
+        """Of these of them. Valid until the next forward."""
+        ...
+
     def logits(self, start: int, stop: int) -> Tensor:
-        """[stop - start, V] in the model's dtype. Valid until the next forward."""
+        """The logits alone."""
         ...
 
 
@@ -120,6 +135,9 @@ class TorchScores:
     def __init__(self, transformer: Transformer, hidden: Tensor) -> None:
         self._transformer = transformer
         self._hidden = hidden
+
+    def answers(self, start: int, stop: int) -> Answers:
+        return Answers(self.logits(start, stop))
 
     @torch.inference_mode()
     def logits(self, start: int, stop: int) -> Tensor:

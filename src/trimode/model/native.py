@@ -10,7 +10,6 @@ import os
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from trimode.model.config import ModelConfig
-from trimode.model.forward import Cache, Inputs
+from trimode.model.forward import Answers, Cache, Inputs
 from trimode.model.lora import Lora
 from trimode.model.rope import inverse_frequencies
 from trimode.model.views import Causal, View, visible_matrix
@@ -32,7 +31,6 @@ except ImportError:  # built without a compiler
 __all__ = [
     "BLOCKS",
     "WHY_MISSING",
-    "Answers",
     "NativeCache",
     "NativeForward",
     "NativeScores",
@@ -87,18 +85,6 @@ def new_matrix(kind: str, num_outputs: int, num_inputs: int) -> Any:
     """An empty matrix of a kind in FORMATS, to be packed row by row."""
     assert _native is not None
     return _native.Matrix(FORMATS[kind], num_outputs, num_inputs)
-
-
-@dataclass(frozen=True, slots=True)
-class Answers:
-    """The output head over some hidden states."""
-
-    logits: Tensor
-    """[n, V] float32"""
-    best: list[int]
-    """The arg-max of each row, the mask token left out."""
-    logsumexp: Tensor
-    """[n] float32"""
 
 
 @lru_cache(maxsize=64)
@@ -249,14 +235,14 @@ class NativeForward:
             hidden = self._model.run(inputs.tokens, inputs.positions, spans, cache.handle, inputs.adapted, inputs.asked)
         return NativeScores(self, hidden)
 
-    def head(self, hidden: np.ndarray) -> "Answers":
+    def head(self, hidden: np.ndarray) -> Answers:
         """Logits of hidden states [n, D], and what is known of them beside."""
         V = self.config.vocab_size
         logits = torch.empty(len(hidden), (V + 15) // 16 * 16)
         but = -1 if self.config.mask_token_id is None else self.config.mask_token_id
         with self._lock:
             best, logsumexp = self._model.head(hidden, but, logits.numpy())
-        return Answers(logits[:, :V], best.tolist(), torch.from_numpy(logsumexp))
+        return Answers(logits[:, :V], tuple(best.tolist()), torch.from_numpy(logsumexp))
 
 
 class NativeScores:
@@ -266,8 +252,11 @@ class NativeScores:
         self._forward = forward
         self._hidden = hidden
 
+    def answers(self, start: int, stop: int) -> Answers:
+        return self._forward.head(self._hidden[start:stop])
+
     def logits(self, start: int, stop: int) -> Tensor:
-        return self._forward.head(self._hidden[start:stop]).logits
+        return self.answers(start, stop).logits
 
 
 def pick_threads(count: int | None) -> int:

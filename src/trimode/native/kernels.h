@@ -84,8 +84,7 @@ struct Kernels {
   void (*store_value_f16)(const float* x, int head, uint16_t* out);
   void (*attend_f32)(const AttentionTask<float>&);
   void (*attend_f16)(const AttentionTask<uint16_t>&);
-  // index of the greatest, `but` left out; its value in *best
-  int (*arg_max)(const float* x, int size, int but, float* best);
+  float (*greatest_but)(const float* x, int size, int but);  // the one at `but` left out
   float (*sum_exp)(const float* x, int size, float maximum);  // of e^(x - maximum)
 };
 

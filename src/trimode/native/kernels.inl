@@ -362,7 +362,7 @@ void attend(const AttentionTask<T>& t) {
 
 // ---- choices ---------------------------------------------------------------------------------------------------------------
 
-int arg_max(const float* x, int size, int but, float* best) {
+float greatest_but(const float* x, int size, int but) {
   float most = -__builtin_inff();
   int i = 0;
   Floats lanes = all(most);
@@ -377,11 +377,7 @@ int arg_max(const float* x, int size, int but, float* best) {
   for (; i < size; ++i)
     if (i != but && x[i] > most) most = x[i];
   const float other = greatest(lanes);
-  most = other > most ? other : most;
-  *best = most;
-  for (i = 0; i < size; ++i)
-    if (x[i] == most && i != but) return i;
-  return -1;  // nothing but -inf, NaN, or the token that is left out
+  return other > most ? other : most;
 }
 
 float sum_exp(const float* x, int size, float maximum) {
@@ -400,7 +396,7 @@ float sum_exp(const float* x, int size, float maximum) {
 const Kernels kKernels = {
     TRIMODE_NAME,       multiply,          quantize,           rms_norm,             silu_times,        add_to,
     rotate,             store_key<float>,  store_key<uint16_t>, store_value<float>,  store_value<uint16_t>,
-    attend<float>,      attend<uint16_t>,  arg_max,            sum_exp,
+    attend<float>,      attend<uint16_t>,  greatest_but,       sum_exp,
 };
 
 }  // namespace

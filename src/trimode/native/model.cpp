@@ -144,39 +144,67 @@ Output to_row(Output out, int row) {
 
 }  // namespace
 
-void Model::multiply(const Weights& w, const Rows& x, int num_rows, const Output& out) {
-  const Matrix& m = w.matrix;
-  const int most = threads_.count() == 1 ? m.num_panels : std::max(2, m.num_panels / (threads_.count() * 6));
-  const int panels = std::max(2, round_up(most, 2));
-  for (int row = 0; row < num_rows; row += kTile) {
-    const int rows = std::min(kTile, num_rows - row);
-    const Rows here = from_row(x, row);
-    const Output there = to_row(out, row);
-    threads_.run((m.num_panels + panels - 1) / panels, [&](int chunk, int) {
-      kernels->multiply(m, chunk * panels, std::min(m.num_panels, (chunk + 1) * panels), here, rows, there);
-    });
+void Model::multiply(const std::vector<Product>& products) {
+  // panels of all of them in one hand-over; small pieces, so that a thread that comes late leaves the others little to wait for
+  int total = 0, most_rows = 0;
+  for (const Product& p : products) {
+    total += p.weights->matrix.num_panels;
+    most_rows = std::max(most_rows, p.num_rows);
   }
+  const int panels = std::max(2, round_up(threads_.count() == 1 ? total : total / (threads_.count() * 6), 2));
+  pieces_.clear();
+  for (const Product& p : products)
+    for (int from = 0; from < p.weights->matrix.num_panels; from += panels)
+      pieces_.push_back({&p, from, std::min(p.weights->matrix.num_panels, from + panels)});
+  for (int row = 0; row < most_rows; row += kTile)
+    threads_.run((int)pieces_.size(), [&](int i, int) {
+      const auto [p, from, to] = pieces_[i];
+      const int rows = std::min(kTile, p->num_rows - row);
+      if (rows > 0) kernels->multiply(p->weights->matrix, from, to, from_row(p->rows, row), rows, to_row(p->out, row));
+    });
 }
 
 void Model::apply(Layer& layer, Place place, Floats2d& x, int num_rows, int num_inputs, Floats2d& y, bool add,
                   const std::vector<int>& adapted) {
   const Weights& w = layer.maps[place];
-  multiply(w, prepare(x, num_rows, num_inputs, is_quantized(w), prepared_), num_rows, {y.values, y.stride, nullptr, add, 1.0f});
+  const AdapterGroup& group = layer.adapters[place];
+  const bool adapts = !adapted.empty() && group.a.is_set();
+  const int n = (int)adapted.size(), rank = adapts ? group.a.matrix.num_outputs : 0;
+  // where most rows are adapted, A takes all of them beside the base: one hand-over less, and no copy of the inputs
+  const bool together = adapts && 2 * n > num_rows && is_quantized(w) == is_quantized(group.a);
+  const Rows rows = prepare(x, num_rows, num_inputs, is_quantized(w), prepared_);
+  const Product base{&w, rows, num_rows, {y.values, y.stride, nullptr, add, 1.0f}};
+  if (together) {
+    low_.reserve(num_rows, rank);
+    multiply({base, {&group.a, rows, num_rows, {low_.values, low_.stride, nullptr, false, 1.0f}}});
+    if (n < num_rows)
+      for (int i = 0; i < n; ++i) std::memmove(low_.row(i), low_.row(adapted[i]), low_.stride * 4);  // adapted[i] >= i
+  } else {
+    multiply({base});
+  }
   const std::vector<float>& bias = layer.biases[place];
   if (!bias.empty())
     each_row(num_rows, (int)bias.size(), [&](int r) { kernels->add_to(y.row(r), bias.data(), (int)bias.size()); });
-  const AdapterGroup& group = layer.adapters[place];
-  if (adapted.empty() || !group.a.is_set()) return;
-  const int n = (int)adapted.size();
-  picked_.reserve(n, num_inputs);
-  for (int i = 0; i < n; ++i) std::memcpy(picked_.row(i), x.row(adapted[i]), picked_.stride * 4);
-  const int rank = group.a.matrix.num_outputs;
-  low_.reserve(n, rank);
-  multiply(group.a, prepare(picked_, n, num_inputs, is_quantized(group.a), prepared_picked_), n,
-           {low_.values, low_.stride, nullptr, false, 1.0f});
+  if (!adapts) return;
+  if (!together) {
+    picked_.reserve(n, num_inputs);
+    for (int i = 0; i < n; ++i) std::memcpy(picked_.row(i), x.row(adapted[i]), picked_.stride * 4);
+    low_.reserve(n, rank);
+    multiply({{&group.a, prepare(picked_, n, num_inputs, is_quantized(group.a), prepared_picked_), n,
+               {low_.values, low_.stride, nullptr, false, 1.0f}}});
+  }
   const Rows low = prepare(low_, n, rank, is_quantized(group.parts[0].b), prepared_low_);
-  for (const AdapterPart& part : group.parts)
-    multiply(part.b, from_column(low, part.column), n, {y.values + part.output, y.stride, adapted.data(), true, adapter_scale});
+  std::vector<Product> parts;
+  for (const AdapterPart& part : group.parts) {
+    parts.push_back({&part.b, from_column(low, part.column), n,
+                     {y.values + part.output, y.stride, adapted.data(), true, adapter_scale}});
+    // panels that reach into the next part's outputs add zeros there: not while others add to them
+    if (part.b.matrix.num_outputs % kLanes != 0) {
+      multiply(parts);
+      parts.clear();
+    }
+  }
+  if (!parts.empty()) multiply(parts);
 }
 
 // ---- one forward -----------------------------------------------------------------------------------------------------------
@@ -324,7 +352,6 @@ void Model::head(const float* hidden, int count, int but, float* logits, size_t 
   const int num_chunks = (m.num_panels + kHeadPanels - 1) / kHeadPanels;
   struct Best {
     float value, maximum, sum;
-    int index;
   };
   std::vector<Best> found((size_t)num_chunks * count);
   threads_.run(num_chunks, [&](int chunk, int) {
@@ -334,27 +361,34 @@ void Model::head(const float* hidden, int count, int but, float* logits, size_t 
     for (int r = 0; r < count; ++r) {
       Best& b = found[(size_t)chunk * count + r];
       const float* row = logits + (size_t)r * stride + begin;
-      const int index = kernels->arg_max(row, size, but - begin, &b.value);
-      b.index = index < 0 ? -1 : begin + index;
+      b.value = kernels->greatest_but(row, size, but - begin);
       b.maximum = but >= begin && but < begin + size ? std::max(b.value, row[but - begin]) : b.value;
       b.sum = kernels->sum_exp(row, size, b.maximum);
     }
   });
   for (int r = 0; r < count; ++r) {
     // in order of the chunks, so that the sum is the same whatever else is in the forward, and the first of equals wins
-    Best all = found[r];
-    for (int c = 1; c < num_chunks; ++c) all.maximum = std::max(all.maximum, found[(size_t)c * count + r].maximum);
+    int first = 0;
+    float maximum = found[r].maximum;
+    for (int c = 1; c < num_chunks; ++c) {
+      const Best& b = found[(size_t)c * count + r];
+      maximum = std::max(maximum, b.maximum);
+      if (b.value > found[(size_t)first * count + r].value) first = c;
+    }
     double sum = 0.0;
     for (int c = 0; c < num_chunks; ++c) {
       const Best& b = found[(size_t)c * count + r];
-      sum += (double)b.sum * std::exp((double)b.maximum - all.maximum);
-      if (b.index >= 0 && (all.index < 0 || b.value > all.value)) {
-        all.index = b.index;
-        all.value = b.value;
-      }
+      sum += (double)b.sum * std::exp((double)b.maximum - maximum);
     }
-    best[r] = all.index;
-    logsumexp[r] = (float)(all.maximum + std::log(sum));
+    logsumexp[r] = (float)(maximum + std::log(sum));
+    const float* row = logits + (size_t)r * stride;
+    const float value = found[(size_t)first * count + r].value;
+    best[r] = 0;  // where nothing is a number
+    for (int i = first * kHeadPanels * kLanes; i < m.num_outputs; ++i)
+      if (row[i] == value && i != but) {
+        best[r] = i;
+        break;
+      }
   }
   threads_.end();
 }

@@ -138,9 +138,20 @@ class Model {
     std::vector<int32_t> biases;
   };
 
+  struct Product {
+    const Weights* weights;
+    Rows rows;
+    int num_rows;
+    Output out;
+  };
+  struct Piece {  // panels of a product
+    const Product* product;
+    int from, to;
+  };
+
   void reserve(int num_inputs);
   Rows prepare(Floats2d& x, int num_rows, int num_inputs, bool quantized, Prepared& room);
-  void multiply(const Weights& w, const Rows& x, int num_rows, const Output& out);
+  void multiply(const std::vector<Product>& products);
   void apply(Layer& layer, Place place, Floats2d& x, int num_rows, int num_inputs, Floats2d& y, bool add,
              const std::vector<int>& adapted);
   void each_row(int num_rows, int per_row_cost, const std::function<void(int)>& work);
@@ -155,6 +166,7 @@ class Model {
   std::vector<float> cosines_, sines_, query_scales_;
   int num_rotations_ = 0;
   std::vector<std::vector<float>> scratch_;
+  std::vector<Piece> pieces_;
   std::vector<int> slots_;  // cache position of each input
 };
 
