@@ -81,6 +81,7 @@ class Measured:
     peak_memory_bytes: int | None
     """The engine's weights and what this request took on top, without the interpreter and its libraries."""
     energy_joules: float | None
+    longest_draft: int = 0
     watching_seconds: float = 0.0
     """What the tool itself took of the time."""
     trace_request: int | None = None
@@ -143,6 +144,7 @@ class Own:
             "rounds": watch.rounds,
             "round_tokens": watch.round_tokens,
             "accepted": watch.accepted,
+            "longest_draft": watch.longest_draft,
             "revised": watch.revised,
             "seconds": seconds,
             "first_token_seconds": None if watch.first_token_at is None else watch.first_token_at - start,
@@ -304,7 +306,8 @@ def _histogram(records: Sequence[Measured]) -> dict[str, int]:
 def _acceptance_by_position(records: Sequence[Measured]) -> list[float]:
     """Share of rounds that accepted the draft at each position, the first one behind the known token first."""
     accepted = [a for r in records for a in r.accepted]
-    return [sum(a > j for a in accepted) / len(accepted) for j in range(max(accepted, default=0))]
+    longest = max((r.longest_draft for r in records), default=0) if accepted else 0
+    return [sum(a > j for a in accepted) / len(accepted) for j in range(longest)]
 
 
 def _agreement(records: Sequence[Measured], baseline: Mapping[tuple[int, int], Measured]) -> dict[str, Any] | None:

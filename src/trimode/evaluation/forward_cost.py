@@ -40,7 +40,7 @@ def forward_costs(model: Any, *, rounds: int = 7) -> dict[str, Any]:
             step = Step(kind="verify", tokens=tokens, view=Causal(), after=tuple(range(T)))
             start = time.perf_counter()
             predictions = run([generation], [step])
-            float(predictions[0].after[0, 0])  # a GPU's work is done only when somebody looks
+            float(predictions[0].after.logits[0, 0])  # a GPU's work is done only when somebody looks
             if round_ >= 0:
                 taken[T].append(time.perf_counter() - start)
     return {

@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Sequence
-from contextlib import closing, redirect_stderr
+from contextlib import closing, redirect_stderr, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -217,6 +217,7 @@ class LlamaCpp:
         line = self.process.stdout.readline()
         if not line:
             status = self.process.wait()
+            _end(self.process)
             raise MeasurementError(f"llama.cpp ended with status {status}. Leave the peer out, or build it anew.")
         return json.loads(line)
 
@@ -233,8 +234,6 @@ class LlamaCpp:
 
     def close(self) -> None:
         """End the process."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
         _end(self.process)
 
 
@@ -244,6 +243,11 @@ def _end(process: subprocess.Popen[Any]) -> None:
         process.wait(timeout=20)
     except subprocess.TimeoutExpired:
         process.kill()
+        process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with suppress(BrokenPipeError):  # what was left to say to one that died
+                pipe.close()
 
 
 class LlamaServer:

@@ -115,7 +115,7 @@ def demo_table(runs: Sequence[Mapping[str, Any]]) -> Table:
 def bench_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """One row a setting of a benchmark: medians, and the quartiles of the speed. It fits 80 columns."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True, header_style="bold")
-    table.add_column("setting", vertical="bottom")
+    table.add_column("setting", vertical="bottom", overflow="fold")
     names = (
         "tokens/s",
         "quartiles",
@@ -164,7 +164,7 @@ def tune_table(points: Sequence[Mapping[str, Any]], chosen: str, least: float) -
 def load_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """One row a setting and number of requests in flight."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True, header_style="bold")
-    table.add_column("setting", vertical="bottom")
+    table.add_column("setting", vertical="bottom", overflow="fold")
     names = (
         "in\nflight",
         "tokens/s\ntogether",
