@@ -10,6 +10,7 @@ from torch import nn
 
 from tests.worlds import EOS, MASK, tiny_config
 from trimode.engine.language_model import LanguageModel
+from trimode.model.forward import TorchForward
 
 V = 40
 PROMPT = [5, 6, 7]
@@ -49,7 +50,8 @@ class ByHeart:
 
 def model(predicts="self", causal=False, *, needs_neighbour=False):
     config = tiny_config(vocab_size=V, block_predicts=predicts, known_tokens_are_causal=causal)
-    return LanguageModel("by heart", ByHeart(config, shifted=predicts == "next", needs_neighbour=needs_neighbour))
+    heart = ByHeart(config, shifted=predicts == "next", needs_neighbour=needs_neighbour)
+    return LanguageModel("by heart", TorchForward(heart))
 
 
 WAYS = [("self", False), ("self", True), ("next", False), ("next", True)]

@@ -147,9 +147,7 @@ def _through_q8_0(reference: Any) -> Any:
         ),
         pack=reference.device.type == "cpu",
     )
-    return LanguageModel(
-        reference.name, rounded.eval(), reference.tokenizer, adapter=reference.adapter, device=reference.device
-    )
+    return LanguageModel(reference.name, rounded.eval(), reference.tokenizer, adapter=reference.adapter)
 
 
 def _is_linear(name: str) -> bool:
