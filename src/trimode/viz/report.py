@@ -10,7 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from trimode.errors import DataError
+from trimode.viz.scores import eval_table, light_table
 
 __all__ = ["draw_pictures", "read_reports", "results_page"]
 
@@ -18,17 +21,19 @@ Report = Mapping[str, Any]
 
 
 def read_reports(folder: Path) -> dict[str, Report]:
-    """The reports of `bench` and `tune` in a folder, by their names. Raises DataError."""
+    """The reports of `bench`, `tune`, `eval` and `sol` in a folder, by their names. Raises DataError."""
     reports: dict[str, Report] = {}
     for path in sorted(folder.glob("*.json")):
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise DataError(f"{path} cannot be read: {error}. Put a report of bench or tune there.") from None
-        if not isinstance(report, dict) or not {"hardware", "versions"} <= report.keys():
-            raise DataError(f"{path} is no report of bench or tune: it names no hardware and versions.")
-        if not ("points" in report or "forward_cost" in report):
-            raise DataError(f"{path} is no report of bench or tune. Put other files elsewhere.")
+            raise DataError(
+                f"{path} cannot be read: {error}. Put a report of bench, tune, eval or sol there."
+            ) from None
+        if not isinstance(report, dict) or not any(key in report for key in SECTIONS):
+            raise DataError(f"{path} is no report of bench, tune, eval or sol. Put other files elsewhere.")
+        if "budget" not in report and not {"hardware", "versions"} <= report.keys():
+            raise DataError(f"{path} names no hardware and versions, and its figures hold for no machine.")
         reports[path.stem] = report
     if not reports:
         raise DataError(f"{folder} holds no reports. Copy a bench.json or tune.json there.")
@@ -46,7 +51,7 @@ def results_page(reports: Mapping[str, Report]) -> str:
         "other numbers need not agree. *memory* is weights and working memory, without the interpreter.",
     ]
     for name, report in reports.items():
-        parts += _tuned(name, report) if "points" in report else _benchmarked(name, report)
+        parts += next(section for key, section in SECTIONS.items() if key in report)(name, report)
     return "\n\n".join(parts) + "\n"
 
 
@@ -98,16 +103,38 @@ def _tuned(name: str, report: Report) -> list[str]:
     ]
 
 
+def _evaluated(name: str, report: Report) -> list[str]:
+    head = f"## {name}: {report['model']}, {report['dtype']}, graded"
+    return [
+        head,
+        f"{_machine(report)} Scores in percent with their standard errors.",
+        _of_table(eval_table(report["results"])),
+    ]
+
+
+def _light(name: str, report: Report) -> list[str]:
+    told = (
+        f"Tokens a forward of the real policy and of an ideal sampler, by block length and kind of prompt; "
+        f"{report['max_new_tokens']} tokens at most, {report['budget']} states of a block looked at. Counts of forwards, whatever "
+        "the machine."
+    )
+    return [
+        f"## {name}: {report['model']}, {report['dtype']}, speed of light",
+        told,
+        _of_table(light_table(report["results"])),
+    ]
+
+
+def _of_table(table: Table) -> str:
+    """A table of the terminal, as Markdown."""
+    head = [str(column.header).replace("\n", " ") for column in table.columns]
+    return _table(head, list(zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True)))
+
+
 def _conditions(report: Report) -> str:
     """Machine, versions, commit, and what must be known of the run."""
-    hardware, versions = report["hardware"], report["versions"]
-    processor = (
-        hardware["gpu"] or f"{hardware['processor']}, {hardware['threads']} threads of {hardware['cores']} cores"
-    )
     told = [
-        f"{processor}; {hardware['system']}.",
-        ", ".join(f"{name} {version}" for name, version in versions.items() if name != "commit") + ".",
-        f"Commit {versions.get('commit', 'unknown')}.",
+        _machine(report),
         f"{len(report['prompts'])} prompts, {report['max_new_tokens']} tokens at most, {report['rounds']} rounds, "
         f"seed {report['seed']}.",
     ]
@@ -118,6 +145,19 @@ def _conditions(report: Report) -> str:
         told.append(f"**The machine was too noisy for the speeds of {', '.join(noisy)} to count.**")
     if report["partial"]:
         told.append("**The run was stopped: these are the requests until then.**")
+    return " ".join(told)
+
+
+def _machine(report: Report) -> str:
+    hardware, versions = report["hardware"], report["versions"]
+    processor = (
+        hardware["gpu"] or f"{hardware['processor']}, {hardware['threads']} threads of {hardware['cores']} cores"
+    )
+    told = [
+        f"{processor}; {hardware['system']}.",
+        ", ".join(f"{name} {version}" for name, version in versions.items() if name != "commit") + ".",
+        f"Commit {versions.get('commit', 'unknown')}.",
+    ]
     return " ".join(told)
 
 
@@ -188,17 +228,19 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+SECTIONS = {"points": _tuned, "forward_cost": _benchmarked, "tasks": _evaluated, "budget": _light}
+"""How a report is told, by a key that only its kind has."""
+
+
 def draw_pictures(reports: Mapping[str, Report], folder: Path) -> None:
     """The pictures of each report, in a folder of its name."""
     from trimode.viz.plots import bench_pictures, tune_picture
 
     for name, report in reports.items():
-        place = folder / name
-        place.mkdir(exist_ok=True)
-        if "points" in report:
-            tune_picture(report, place)
-        else:
-            bench_pictures(report, place)
+        draw = tune_picture if "points" in report else bench_pictures if "forward_cost" in report else None
+        if draw is not None:
+            (folder / name).mkdir(exist_ok=True)
+            draw(report, folder / name)
 
 
 if __name__ == "__main__":
