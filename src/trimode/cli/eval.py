@@ -136,7 +136,7 @@ def _run(
     runner: Any, tasks: Any, settings: Any, about: Any, most: int | None, folder: Path, *, resume: bool, json: bool
 ) -> None:
     from trimode.evaluation import evaluate as core
-    from trimode.evaluation.benchmark import machine
+    from trimode.evaluation.meters import machine
     from trimode.evaluation.run_folder import RunFolder
 
     run = RunFolder.open(folder, "samples", about, resume=resume)
@@ -154,7 +154,7 @@ def _run(
         partial = True
     rows = core.summarise_eval(run.records)
     about = {key: value for key, value in about.items() if key != "prompts"}
-    report = jsonlib.loads(jsonlib.dumps({**about, **machine(), "partial": partial, "results": rows}))
+    report = jsonlib.loads(jsonlib.dumps({**about, **machine(runner), "partial": partial, "results": rows}))
     path = run.finish("eval.json", report)
     if json:
         screen.print_json(report)
