@@ -7,7 +7,7 @@ import torch
 
 from trimode.errors import SettingError, nearest
 
-__all__ = ["peak_memory", "pick_device", "pick_dtype", "set_threads", "total_memory"]
+__all__ = ["peak_memory", "pick_device", "pick_dtype", "set_threads"]
 
 DTYPES = {
     "float32": torch.float32,
@@ -62,10 +62,3 @@ def peak_memory(device: torch.device) -> int | None:
         return None
     peak = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM")), None)
     return None if peak is None else int(peak.split()[1]) * 1024
-
-
-def total_memory(device: torch.device) -> int:
-    """Bytes that the GPU, or the machine, has."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -226,7 +226,7 @@ def _draw_rows(model: TrainableModel, batch: TokenBatch, noise: SampleNoise, set
 
 
 def _reached(logprob: Tensor, rows: _Rows, asked: Tensor) -> Tensor:
-    """For each place that is asked, the product of the probabilities of what was asked before it in its block, since the last known token.
+    """Of each place that is asked: the product of the probabilities of those before it in its block, since the last known token.
 
     logprob: the student's, of the right token at each place asked.
     """
