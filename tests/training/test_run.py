@@ -20,7 +20,6 @@ from trimode.training.recipe import read_recipe
 from trimode.training.trainer import Interrupted
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
     pytest.mark.filterwarnings("ignore:.*lr_scheduler.*"),
 ]
 

@@ -23,7 +23,6 @@ from trimode.training.recipe import make_recipe, read_recipe
 from trimode.training.trainable import AdapterParameters, TrainableModel
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
     pytest.mark.filterwarnings("ignore:.*lr_scheduler.*"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]

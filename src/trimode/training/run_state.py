@@ -8,7 +8,9 @@ continued on another number of ranks.
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +86,10 @@ class RunDirectory:
                 shutil.rmtree(draft, ignore_errors=True)
                 draft.mkdir()
             _barrier()
-            dcp.save(  # pyright: ignore[reportPrivateImportUsage]
-                _state(model, optimizer), checkpoint_id=draft / "tensors"
-            )
+            with _quiet_when_alone():
+                dcp.save(  # pyright: ignore[reportPrivateImportUsage]
+                    _state(model, optimizer), checkpoint_id=draft / "tensors"
+                )
             if self._is_first:
                 (draft / STATE).write_text(json.dumps({"step": step}) + "\n")
                 _sync(draft)
@@ -113,7 +116,8 @@ class RunDirectory:
         try:
             step = json.loads((states[-1] / STATE).read_text())["step"]
             state = _state(model, optimizer)
-            dcp.load(state, checkpoint_id=states[-1] / "tensors")  # pyright: ignore[reportPrivateImportUsage]
+            with _quiet_when_alone():
+                dcp.load(state, checkpoint_id=states[-1] / "tensors")  # pyright: ignore[reportPrivateImportUsage]
         except (Exception, CheckpointException) as error:
             raise RunStateError(
                 f"{states[-1]} is damaged ({str(_cause(error)).strip().splitlines()[0]}). Remove it to continue from an earlier state."
@@ -128,6 +132,14 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]
         "model": get_model_state_dict(model, options=_TRAINED),
         "optimizer": get_optimizer_state_dict(model, optimizer, options=_TRAINED),
     }
+
+
+@contextmanager
+def _quiet_when_alone() -> Iterator[None]:
+    """Without the warning that one process is one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _barrier() -> None:
