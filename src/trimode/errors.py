@@ -15,6 +15,8 @@ __all__ = [
     "ContextLengthError",
     "DataError",
     "EngineContractError",
+    "GrammarError",
+    "MachineTooSmallError",
     "MeasurementError",
     "MissingMaskTokenError",
     "PromptError",
@@ -60,12 +62,20 @@ class DataError(TrimodeError, ValueError):
     """A file of prompts or training documents is missing, empty or malformed."""
 
 
+class MachineTooSmallError(TrimodeError, RuntimeError):
+    """The weights can never fit into this machine's memory."""
+
+
 class MissingMaskTokenError(TrimodeError, LookupError):
     """A decoder that needs masks was asked of a checkpoint that names no mask token."""
 
 
 class ChatTemplateError(TrimodeError, RuntimeError):
     """The checkpoint's chat template could not render these messages."""
+
+
+class GrammarError(TrimodeError, ValueError):
+    """A grammar cannot be read, is too large, or no answer of this checkpoint can match it."""
 
 
 class QueueFullError(TrimodeError, RuntimeError):

@@ -85,44 +85,17 @@ def _say_needs(recipe: Any, checkpoint: Any, target: Any) -> dict[str, int]:
     """What the run needs in memory, said before it starts; the bytes by name."""
     from dataclasses import asdict
 
+    from trimode.device import total_memory
     from trimode.training.memory import training_memory
 
     memory = training_memory(checkpoint.config, recipe, int(os.environ.get("WORLD_SIZE", "1")))
-    has = _memory_of(target)
+    has = total_memory(target)
     screen.say(
         f"needs about {memory.total / 1e9:.2f} GB: weights {memory.weights / 1e9:.2f}, gradients "
         f"{memory.gradients / 1e9:.2f}, optimiser {memory.optimizer / 1e9:.2f}, activations {memory.activations / 1e9:.2f}"
         + (f"; there are {has / 1e9:.2f} here" if has is not None and has < memory.total else "")
     )
     return {**asdict(memory), "total": memory.total}
-
-
-def _memory_of(target: Any) -> int | None:
-    """Bytes that the GPU, or the machine, has."""
-    if target.type == "cuda":
-        import torch
-
-        return torch.cuda.get_device_properties(target).total_memory
-    from trimode.cli.info import memory_bytes
-
-    return memory_bytes()
-
-
-def _join_ranks(device: str | None, stack: Any) -> Any:
-    """The device of this rank; under torchrun the ranks find each other first."""
-    import torch
-    import torch.distributed as dist
-
-    from trimode.device import pick_device
-
-    target = pick_device(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        if target.type == "cuda":
-            target = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-            torch.cuda.set_device(target)
-        dist.init_process_group("nccl" if target.type == "cuda" else "gloo")
-        stack.callback(dist.destroy_process_group)
-    return target
 
 
 def _documents(recipe: Any, checkpoint: Any) -> tuple[Any, list[Any]]:

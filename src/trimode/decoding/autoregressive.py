@@ -1,7 +1,7 @@
 """`ar`: one token a forward. Prefill is just a long step."""
 
 from trimode.decoding.interface import Generation, OneByOne, Outcome, Predictions, Step, Traits
-from trimode.decoding.sampling import next_token
+from trimode.decoding.sampling import next_token, token_logprobs
 from trimode.decoding.settings import Settings
 from trimode.model.views import Causal
 
@@ -23,7 +23,10 @@ class Autoregressive(OneByOne):
         return causal_step(g, "decode")
 
     def absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Outcome:
-        return Outcome(committed=(next_token(predictions.after, g),), kept=len(step.tokens))
+        token = next_token(predictions.after, g)
+        return Outcome(
+            committed=(token,), kept=len(step.tokens), logprobs=token_logprobs((token,), predictions.after, g)
+        )
 
     def num_scratch(self, settings: Settings, traits: Traits) -> int:
         return 0

@@ -15,8 +15,17 @@ import torch
 from torch import Tensor
 
 from trimode.decoding.autoregressive import causal_step
-from trimode.decoding.interface import Generation, OneByOne, Outcome, Predictions, Step, Traits
-from trimode.decoding.sampling import adjusted, next_token, pick, truncated_distribution, uniform
+from trimode.decoding.interface import Generation, OneByOne, Outcome, Predictions, Rows, Step, TokenLogprob, Traits
+from trimode.decoding.sampling import (
+    adjusted,
+    best_tokens,
+    fill_from_left,
+    next_token,
+    pick,
+    token_logprobs,
+    truncated_distribution,
+    uniform,
+)
 from trimode.decoding.settings import Settings
 from trimode.decoding.unmasking import POLICIES, Candidates, quota
 from trimode.model.views import Bidirectional, BlockOverCausal, Causal
@@ -48,6 +57,8 @@ class Progress:
     """The last revising pass changed nothing."""
     confidence: dict[int, float] = field(default_factory=dict)
     """Of each filled place, when it was filled."""
+    logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
+    """The same, where the request asks for them."""
 
 
 def length_of_block(generation: Generation) -> int:
@@ -79,56 +90,107 @@ def places_asked(generation: Generation, progress: Progress) -> list[int]:
     return [i for i in range(len(generation.canvas)) if i not in progress.fixed]
 
 
-def denoise(generation: Generation, progress: Progress, logits: Tensor) -> int:
-    """Fill and revise the canvas from the logits of `places_asked`. Returns how many tokens were revised."""
+def denoise(generation: Generation, progress: Progress, rows: Rows) -> int:
+    """Fill and revise the canvas from the rows of `places_asked`. Returns how many tokens were revised."""
     settings, traits, canvas = generation.settings, generation.traits, generation.canvas
     places = places_asked(generation, progress)
-    known = [token for token in canvas if token != traits.mask_token_id]
-    scores = adjusted(logits, generation, [*generation.final, *known])
-    if settings.repetition_penalty != 1.0:
-        for j, place in enumerate(places):
-            if canvas[place] != traits.mask_token_id:
-                # what stands at a place is no repetition of itself
-                others = [t for i, t in enumerate(canvas) if i != place and t != traits.mask_token_id]
-                scores[j : j + 1] = adjusted(logits[j : j + 1], generation, [*generation.final, *others])
-    if progress.banned:
-        scores[:, list(progress.banned)] = float("-inf")
-    if settings.temperature == 0:
-        tokens = scores.argmax(dim=-1)
-    else:
-        tokens = pick(truncated_distribution(scores, settings), uniform(generation, len(places)))
+    if generation.constraint is not None:
+        _fill_in_order(generation, progress, places, rows)
+        return 0
+    tokens = _chosen_tokens(generation, progress, places, rows)
     # as the reference: the untempered softmax with the mask in it, rounded to the model's dtype
-    probabilities = logits.float().softmax(dim=-1)
-    confidence = probabilities.gather(-1, tokens[:, None])[:, 0].to(logits.dtype)
+    confidence = rows.probabilities(tokens)
 
+    before = list(canvas)
     masked = [j for j, place in enumerate(places) if canvas[place] == traits.mask_token_id]
     filled = [j for j, place in enumerate(places) if canvas[place] != traits.mask_token_id]
     revised = 0
     if settings.editing_threshold is not None and filled:
-        revised = _revise(generation, progress, [places[j] for j in filled], tokens[filled], confidence[filled])
+        revised = _revise(
+            generation, progress, [places[j] for j in filled], [tokens[j] for j in filled], confidence[filled]
+        )
     if masked:
         _fill(
-            generation, progress, [places[j] for j in masked], tokens[masked], confidence[masked], probabilities[masked]
+            generation,
+            progress,
+            [places[j] for j in masked],
+            [tokens[j] for j in masked],
+            confidence[masked],
+            rows[masked],
         )
         progress.step += 1
     else:
         progress.post_step += 1
         progress.settled = revised == 0
+    new = [j for j, place in enumerate(places) if canvas[place] != before[place]]
+    if settings.logprobs is not None:
+        _note_logprobs(generation, progress, [places[j] for j in new], rows[new])
     return revised
+
+
+def _chosen_tokens(generation: Generation, progress: Progress, places: list[int], rows: Rows) -> list[int]:
+    """A token for each of these places."""
+    settings, canvas, mask = generation.settings, generation.canvas, generation.traits.mask_token_id
+    history = [*generation.final, *(token for token in canvas if token != mask)]
+    if settings.temperature == 0 and not settings.has_penalty and not progress.banned:
+        return best_tokens(rows, generation, history)
+    scores = adjusted(rows.logits, generation, history)
+    if settings.has_penalty:
+        for j, place in enumerate(places):
+            if canvas[place] != mask:
+                # what stands at a place is no repetition of itself
+                others = [t for i, t in enumerate(canvas) if i != place and t != mask]
+                scores[j : j + 1] = adjusted(rows.logits[j : j + 1], generation, [*generation.final, *others])
+    if progress.banned:
+        scores[:, list(progress.banned)] = float("-inf")
+    if settings.temperature == 0:
+        return scores.argmax(dim=-1).tolist()
+    return pick(truncated_distribution(scores, settings), uniform(generation, len(places))).tolist()
+
+
+def _fill_in_order(generation: Generation, progress: Progress, places: list[int], rows: Rows) -> None:
+    """Under a constraint a block fills from the left: what may stand at a place hangs on all that stands before it."""
+    given = generation.settings.threshold
+    history = [*generation.final, *generation.canvas[: places[0]]]
+    tokens, sure = fill_from_left(
+        rows.logits,
+        generation,
+        history,
+        DEFAULT_THRESHOLD if given is None else given,
+        all_of_it=progress.step + 1 >= progress.num_steps,
+    )
+    filled = places[: len(tokens)]
+    for place, token, confidence in zip(filled, tokens, sure, strict=True):
+        generation.canvas[place] = token
+        progress.confidence[place] = confidence
+    _note_logprobs(generation, progress, filled, rows)
+    progress.step += 1
+
+
+def _note_logprobs(generation: Generation, progress: Progress, places: list[int], rows: Rows) -> None:
+    tokens = [generation.canvas[place] for place in places]
+    progress.logprobs.update(zip(places, token_logprobs(tokens, rows, generation), strict=False))
+
+
+def _logprobs_of(generation: Generation, progress: Progress, tokens: Sequence[int]) -> tuple[TokenLogprob, ...]:
+    """Of the leading tokens of the canvas. One that was put there and not chosen is certain."""
+    if generation.settings.logprobs is None:
+        return ()
+    return tuple(progress.logprobs.get(i, TokenLogprob(token, 0.0)) for i, token in enumerate(tokens))
 
 
 def _fill(
     generation: Generation,
     progress: Progress,
     places: list[int],
-    tokens: Tensor,
+    tokens: list[int],
     confidence: Tensor,
-    probabilities: Tensor,
+    rows: Rows,
 ) -> None:
     settings = generation.settings
     candidates = Candidates(
         confidence=confidence,
-        probabilities=probabilities,
+        scores=rows.logits.float,
         quota=quota(progress.num_masked, progress.num_steps, progress.step),
         threshold=DEFAULT_THRESHOLD if settings.threshold is None else settings.threshold,
         entropy_bound=DEFAULT_ENTROPY_BOUND if settings.entropy_bound is None else settings.entropy_bound,
@@ -138,17 +200,19 @@ def _fill(
     chosen = torch.ones(len(places), dtype=torch.bool) if is_last else POLICIES[settings.unmasking](candidates)
     if generation.traits.first_is_exact and places[0] == 0:
         chosen[0] = True
-    for place, token, sure, take in zip(places, tokens.tolist(), confidence.tolist(), chosen.tolist(), strict=True):
+    for place, token, sure, take in zip(places, tokens, confidence.tolist(), chosen.tolist(), strict=True):
         if take:
             generation.canvas[place] = token
             progress.confidence[place] = sure
 
 
-def _revise(generation: Generation, progress: Progress, places: list[int], tokens: Tensor, confidence: Tensor) -> int:
+def _revise(
+    generation: Generation, progress: Progress, places: list[int], tokens: list[int], confidence: Tensor
+) -> int:
     bound = torch.tensor(generation.settings.editing_threshold, dtype=confidence.dtype, device=confidence.device)
     sure_enough = (confidence >= bound).tolist()
     num_revised = 0
-    for place, token, sure, take in zip(places, tokens.tolist(), confidence.tolist(), sure_enough, strict=True):
+    for place, token, sure, take in zip(places, tokens, confidence.tolist(), sure_enough, strict=True):
         if take and token != generation.canvas[place]:
             generation.canvas[place] = token
             progress.confidence[place] = sure
@@ -181,9 +245,12 @@ class BlockDiffusion(OneByOne):
     def absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Outcome:
         if g.state is None:
             anchor = next_token(predictions.after, g)
-            if not g.traits.first_is_exact:
-                self._start_block(g, length_of_block(g) - 1, anchor)
-            return Outcome(committed=(anchor,), kept=len(step.tokens))
+            # where the first place is exact, blocks start in `plan_one`
+            given = () if g.traits.first_is_exact else self._start_block(g, length_of_block(g) - 1, anchor)
+            told = token_logprobs((anchor,), predictions.after, g)
+            if told:
+                told += tuple(TokenLogprob(token, 0.0) for token in given)
+            return Outcome(committed=(anchor, *given), kept=len(step.tokens), logprobs=told)
         progress: Progress = g.state
         if g.traits.first_is_exact:
             return _commit_lead(g, step, denoise(g, progress, predictions.after))
@@ -193,12 +260,14 @@ class BlockDiffusion(OneByOne):
             return Outcome(revised=revised)
         committed = tuple(g.canvas[:num_needed])
         sure = tuple(progress.confidence.get(i, 1.0) for i in range(num_needed))
+        told = _logprobs_of(g, progress, committed)
         g.canvas, g.state = [], None
-        return Outcome(committed=committed, probabilities=sure, revised=revised)
+        return Outcome(committed=committed, probabilities=sure, logprobs=told, revised=revised)
 
-    def _start_block(self, g: Generation, num_places: int, *anchor: int) -> None:
+    def _start_block(self, g: Generation, num_places: int, *anchor: int) -> tuple[int, ...]:
+        """Lay out the canvas. Returns it where nothing of it is masked, so that there is nothing to denoise."""
         if num_places == 0:
-            return
+            return ()
         mask = g.traits.mask_token_id
         g.canvas = [mask] * num_places
         fixed = frozenset[int]()
@@ -210,11 +279,12 @@ class BlockDiffusion(OneByOne):
                 fixed = frozenset((place,))
         num_masked = g.canvas.count(mask)
         if num_masked == 0:
-            # a block of two whose only place is `</think>`: nothing to denoise; the next causal step takes it from there
-            g.canvas = []
-            return
+            # a block of two whose only place is `</think>`
+            given, g.canvas = tuple(g.canvas), []
+            return given
         num_steps = g.settings.max_denoising_steps or length_of_block(g)
         g.state = Progress(num_masked=num_masked, num_steps=num_steps, fixed=fixed)
+        return ()
 
     def num_scratch(self, settings: Settings, traits: Traits) -> int:
         return settings.block_length or traits.block_length
@@ -229,7 +299,8 @@ def _exact_step(g: Generation) -> Step:
     mask = g.traits.mask_token_id
     places = places_asked(g, g.state)
     after = tuple(len(known) - 1 + place for place in places)
-    kind = "prefill" if g.cached < len(g.prompt) else "denoise"
+    # with revision nothing is cached before its block is full: later passes read the prompt again, and are no prefill
+    kind = "prefill" if g.cached < len(g.prompt) and g.state.step == 0 else "denoise"
     if mask not in g.canvas:
         return Step(kind="revise", tokens=known + tuple(g.canvas), view=Causal(), after=after)
     # a mask at the end would only predict what lies beyond the block
@@ -261,12 +332,14 @@ def _commit_lead(g: Generation, step: Step, revised: int) -> Outcome:
     sure = tuple(progress.confidence.get(i, 1.0) for i in range(num_lead))
     g.canvas = g.canvas[num_lead:]
     progress.confidence = {i - num_lead: value for i, value in progress.confidence.items() if i >= num_lead}
+    told = _logprobs_of(g, progress, committed)
+    progress.logprobs = {i - num_lead: value for i, value in progress.logprobs.items() if i >= num_lead}
     progress.fixed = frozenset(i - num_lead for i in progress.fixed if i >= num_lead)
     if not g.canvas:
         g.state = None
     # a revising step that changed nothing was causal over what is final now; the last token leads the next block, uncached
     kept = len(step.tokens) - 1 if step.kind == "revise" and progress.settled else num_known
-    return Outcome(committed=committed, kept=kept, probabilities=sure, revised=revised)
+    return Outcome(committed=committed, kept=kept, probabilities=sure, logprobs=told, revised=revised)
 
 
 def _num_needed(g: Generation) -> int:
@@ -308,7 +381,8 @@ class Infill(OneByOne):
         if g.traits.mask_token_id in g.canvas or wants_revision(g, progress):
             return Outcome(revised=revised)
         sure = tuple(progress.confidence.get(i, 1.0) for i in range(len(g.canvas)))
-        return Outcome(committed=tuple(g.canvas), probabilities=sure, revised=revised)
+        told = _logprobs_of(g, progress, g.canvas)
+        return Outcome(committed=tuple(g.canvas), probabilities=sure, logprobs=told, revised=revised)
 
     def num_scratch(self, settings: Settings, traits: Traits) -> int:
         return 0

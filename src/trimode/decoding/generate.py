@@ -116,8 +116,10 @@ def apply(g: Generation, step: Step, outcome: Outcome, is_stopped: IsStopped | N
     _count(g, step, outcome)
     g.cached += outcome.kept
     before = g.num_new
-    for token in outcome.committed:
+    for i, token in enumerate(outcome.committed):
         g.final.append(token)
+        if g.settings.logprobs is not None:
+            g.logprobs.append(outcome.logprobs[i])
         stopped = is_stopped is not None and is_stopped(g, token)
         if stopped or g.ends_with(token):
             g.finish_reason = "stop"

@@ -16,7 +16,19 @@ from torch import Tensor
 from trimode.decoding.settings import Settings
 from trimode.model.views import View
 
-__all__ = ["Decoder", "Generation", "OneByOne", "Outcome", "Predictions", "Step", "Tally", "Traits"]
+__all__ = [
+    "Constraint",
+    "Decoder",
+    "Generation",
+    "OneByOne",
+    "Outcome",
+    "Predictions",
+    "Rows",
+    "Step",
+    "Tally",
+    "TokenLogprob",
+    "Traits",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,13 +69,59 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Predictions:
-    """Logits for what a step asked, in its order, in the model's dtype."""
+class Rows:
+    """Logits of some inputs, and what the engine found beside them, so that nobody needs to go over a whole vocabulary again."""
 
-    after: Tensor
-    """[len(step.after), V]"""
-    at: Tensor
-    """[len(step.at), V]"""
+    logits: Tensor
+    """[n, V] in the model's dtype"""
+    best: tuple[int, ...] | None = None
+    """The arg-max of each row, the mask token left out."""
+    logsumexp: Tensor | None = None
+    """[n] float32"""
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    def __getitem__(self, which: slice | list[int]) -> "Rows":
+        best = self.best
+        if best is not None:
+            best = best[which] if isinstance(which, slice) else tuple(best[i] for i in which)
+        return Rows(self.logits[which], best, None if self.logsumexp is None else self.logsumexp[which])
+
+    def probabilities(self, tokens: Sequence[int]) -> Tensor:
+        """[n] of one token a row, under the untempered distribution with the mask in it, in the model's dtype."""
+        chosen = self.logits.gather(-1, torch.tensor(tokens, device=self.logits.device)[:, None])[:, 0].float()
+        total = self.logits.float().logsumexp(dim=-1) if self.logsumexp is None else self.logsumexp
+        return (chosen - total).exp().to(self.logits.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """What the model says of what a step asked, in its order."""
+
+    after: Rows
+    """len(step.after) rows"""
+    at: Rows
+    """len(step.at) rows"""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """What the model itself thought of a token: before temperature, bias, penalties and constraints."""
+
+    token: int
+    logprob: float
+    """Nats."""
+    best: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens at this place with theirs, as many as were asked for."""
+
+
+class Constraint(Protocol):
+    """Says what may follow an answer so far: a grammar, for one. One object serves one generation."""
+
+    def allowed(self, answer: Sequence[int]) -> Tensor:
+        """Booleans [V]: what may follow these tokens of the answer, whichever they are. Never all False."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +134,8 @@ class Outcome:
     """How many leading inputs leave their keys and values in the cache; zero for a draft."""
     probabilities: tuple[float, ...] = ()
     """For traces: the confidence of each committed token, where the decoder has one."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Of each committed token, where the request asks for them."""
     revised: int = 0
     """Filled tokens of the block that this step replaced."""
     accepted: int | None = None
@@ -108,6 +168,10 @@ class Generation:
     random: torch.Generator
     """This request's own random numbers, on the CPU: the same alone or in a batch."""
     decoder: "Decoder"
+    constraint: Constraint | None = None
+    """What the answer must obey."""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    """Of each token of the answer, where the request asks for them."""
     final: list[int] = field(default_factory=list)
     """Prompt and committed tokens."""
     canvas: list[int] = field(default_factory=list)

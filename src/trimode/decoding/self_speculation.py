@@ -11,13 +11,21 @@ from torch import Tensor
 
 from trimode.decoding.autoregressive import causal_step
 from trimode.decoding.block_diffusion import LONGEST_MIXED_PREFILL, block_step, length_of_block
-from trimode.decoding.interface import Generation, OneByOne, Outcome, Predictions, Step, Traits
-from trimode.decoding.sampling import adjusted, draft_tokens, next_token, verify
+from trimode.decoding.interface import Generation, OneByOne, Outcome, Predictions, Rows, Step, Traits
+from trimode.decoding.sampling import (
+    adjusted,
+    best_tokens,
+    draft_tokens,
+    fill_from_left,
+    next_token,
+    token_logprobs,
+    verify,
+)
 from trimode.decoding.settings import Settings
 from trimode.decoding.unmasking import POLICIES, Candidates
 from trimode.model.views import BlockOverCausal, Causal, VerifyAndPredraft
 
-__all__ = ["LinearSelfSpeculation", "QuadraticSelfSpeculation"]
+__all__ = ["Draft", "LinearSelfSpeculation", "QuadraticSelfSpeculation"]
 
 
 @dataclass(slots=True)
@@ -55,23 +63,39 @@ class LinearSelfSpeculation(OneByOne):
 
     def absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Outcome:
         if g.state is None:
-            return Outcome(committed=(next_token(predictions.after, g),), kept=len(step.tokens))
+            return _one_token(g, predictions.after, len(step.tokens))
         draft: Draft = g.state
         if step.at:
             _fill_draft(g, draft, predictions.at)
             return Outcome()
         if g.traits.mask_token_id in g.canvas:
             num_known = step.view.num_causal(len(step.tokens))
-            first = next_token(predictions.after[:1], g)
-            _fill_draft(g, draft, predictions.after[1:], first)
-            return Outcome(committed=(first,), kept=num_known)
+            outcome = _one_token(g, predictions.after[:1], num_known)
+            _fill_draft(g, draft, predictions.after[1:], *outcome.committed)
+            return outcome
         committed = verify(g.canvas, draft.q, predictions.after, g)
         g.canvas, g.state = [], None
         # the bonus token is final but not cached: it leads the next draft
-        return Outcome(committed=tuple(committed), kept=len(committed), accepted=len(committed) - 1)
+        return _verified(g, committed, predictions.after)
 
     def num_scratch(self, settings: Settings, traits: Traits) -> int:
         return settings.block_length or traits.block_length
+
+
+def _one_token(g: Generation, row: Rows, kept: int) -> Outcome:
+    """A step that ends with one token of the causal view, unless it is a draft's too."""
+    token = next_token(row, g)
+    return Outcome(committed=(token,), kept=kept, logprobs=token_logprobs((token,), row, g))
+
+
+def _verified(g: Generation, committed: list[int], rows: Rows) -> Outcome:
+    """What a verification made final: the drafts that it accepted and one more."""
+    return Outcome(
+        committed=tuple(committed),
+        kept=len(committed),
+        accepted=len(committed) - 1,
+        logprobs=token_logprobs(committed, rows, g),
+    )
 
 
 def _draft_after(g: Generation, num_masks: int) -> Step:
@@ -88,30 +112,33 @@ def _draft_after(g: Generation, num_masks: int) -> Step:
     )
 
 
-def _fill_draft(g: Generation, draft: Draft, logits: Tensor, *before: int) -> None:
-    """Draft from the logits of the masked places; `before`: tokens that become final in this step and precede the canvas."""
+def _fill_draft(g: Generation, draft: Draft, rows: Rows, *before: int) -> None:
+    """Draft from the rows of the masked places; `before`: tokens that become final in this step and precede the canvas."""
     mask = g.traits.mask_token_id
     places = [i for i, token in enumerate(g.canvas) if token == mask]
     threshold = g.settings.threshold or 0.0
     if threshold == 0.0:
-        tokens, draft.q = draft_tokens(logits, g)
+        tokens, draft.q = draft_tokens(rows, g, *before)
         g.canvas = tokens
+        return
+    if g.constraint is not None:
+        lead, _ = fill_from_left(rows.logits, g, [*g.final, *before, *g.canvas[: places[0]]], threshold)
+        g.canvas[places[0] : places[0] + len(lead)] = lead
         return
     # Several passes. Which places commit depends on the tokens drawn, so no q describes them: draft greedily and let the
     # verification treat each draft as certain, which is exact whatever the drafts are.
     known = [token for token in g.canvas if token != mask]
-    scores = adjusted(logits, g, [*g.final, *before, *known])
-    best = scores.argmax(dim=-1)
-    probabilities = logits.float().softmax(dim=-1)
+    history = [*g.final, *before, *known]
+    best = best_tokens(rows, g, history)
     candidates = Candidates(
-        confidence=probabilities.gather(-1, best[:, None])[:, 0].to(logits.dtype),
-        probabilities=scores.softmax(dim=-1),
+        confidence=rows.probabilities(best),
+        scores=lambda: adjusted(rows.logits, g, history),
         quota=1,
         threshold=threshold,
         entropy_bound=0.0,
         random=g.random,
     )
-    for place, token, take in zip(places, best.tolist(), POLICIES["threshold"](candidates).tolist(), strict=True):
+    for place, token, take in zip(places, best, POLICIES["threshold"](candidates).tolist(), strict=True):
         if take:
             g.canvas[place] = token
 
@@ -156,22 +183,23 @@ class QuadraticSelfSpeculation(OneByOne):
     def absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Outcome:
         num_known = step.view.num_causal(len(step.tokens))
         if num_known == len(step.tokens):
-            return Outcome(committed=(next_token(predictions.after, g),), kept=num_known)
+            return _one_token(g, predictions.after, num_known)
         num_verified = 1 if g.state is None else num_known
         drafts = predictions.after[num_verified:] if g.traits.first_is_exact else predictions.at
         if g.state is None:
-            anchor = next_token(predictions.after[:1], g)
-            self._set_draft(g, drafts)
-            return Outcome(committed=(anchor,), kept=num_known)
+            outcome = _one_token(g, predictions.after[:1], num_known)
+            self._set_draft(g, drafts, outcome.committed)
+            return outcome
         draft: Draft = g.state
         committed = verify(g.canvas, draft.q, predictions.after[:num_verified], g)
         num_accepted = len(committed) - 1
         per_group = length_of_block(g) - 1
-        self._set_draft(g, drafts[num_accepted * per_group : (num_accepted + 1) * per_group])
-        return Outcome(committed=tuple(committed), kept=len(committed), accepted=num_accepted)
+        outcome = _verified(g, committed, predictions.after)
+        self._set_draft(g, drafts[num_accepted * per_group : (num_accepted + 1) * per_group], outcome.committed)
+        return outcome
 
-    def _set_draft(self, g: Generation, logits: Tensor) -> None:
-        tokens, q = draft_tokens(logits, g)
+    def _set_draft(self, g: Generation, rows: Rows, before: tuple[int, ...]) -> None:
+        tokens, q = draft_tokens(rows, g, *before)
         g.canvas, g.state = tokens, Draft(q=q)
 
     def num_scratch(self, settings: Settings, traits: Traits) -> int:

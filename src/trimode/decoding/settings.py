@@ -10,11 +10,20 @@ from typing import Any
 
 from trimode.errors import SettingError, nearest
 
-__all__ = ["MODES", "UNMASKING", "Settings", "check_for_mode", "parse_settings"]
+__all__ = [
+    "MODES",
+    "MOST_LOGPROBS",
+    "UNMASKING",
+    "Settings",
+    "check_for_mode",
+    "check_with_constraint",
+    "parse_settings",
+]
 
 MODES = ("auto", "ar", "diffusion", "self_spec")
 UNMASKING = ("threshold", "fixed", "entropy_bound", "margin", "leftmost", "random")
 MOST_BIAS = 10_000.0
+MOST_LOGPROBS = 20
 LEAST_TEMPERATURE = 1e-4
 LEAST_PENALTY = 0.01
 LONGEST_QUADRATIC_BLOCK = 64
@@ -50,8 +59,15 @@ class Settings:
     """End-of-text tokens do not end the answer."""
     repetition_penalty: float = 1.0
     """Above 1: tokens already in prompt or answer lose score."""
+    presence_penalty: float = 0.0
+    """Taken from the logits of tokens that the answer holds already."""
+    frequency_penalty: float = 0.0
+    """The same, once for each time that the answer holds them."""
     logit_bias: Mapping[int, float] | None = None
     """Added to the logits of these ids."""
+    logprobs: int | None = None
+    """Tell each token's log-probability, and those of so many likeliest ones at its place. Of the model itself, before temperature,
+    bias and penalties. ar and self_spec: the autoregressive one, exactly. diffusion: that of the pass that filled the place."""
     max_thinking_tokens: int | None = None
     """After so many tokens without `</think>`, it is put in."""
     block_length: int | None = None
@@ -74,6 +90,11 @@ class Settings:
     """Use the checkpoint's draft adapter; None: if there is one."""
     end_think_token_id: int | None = None
     """The token of `</think>`, for checkpoints without a tokenizer."""
+
+    @property
+    def has_penalty(self) -> bool:
+        """Scores depend on the tokens before a place, not on the logits alone."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
 _ONLY_IN: dict[str, tuple[str, ...]] = {
@@ -122,6 +143,24 @@ def check_for_mode(given: Mapping[str, Any], mode: str) -> None:
             )
 
 
+def check_with_constraint(given: Mapping[str, Any], settings: Settings) -> None:
+    """Refuses knobs that contradict a constraint on the answer. `given`: the knobs that the user turned, by any name."""
+    if settings.ignore_eos:
+        raise SettingError("ignore_eos contradicts a grammar, whose end is the answer's end. Leave one of them out.")
+    if settings.max_thinking_tokens is not None:
+        raise SettingError(
+            "max_thinking_tokens contradicts a grammar, which holds from the first token. Leave one out."
+        )
+    if settings.editing_threshold is not None:
+        raise SettingError(
+            "editing_threshold contradicts a grammar: what was filled decides what may follow. Leave one out."
+        )
+    if settings.unmasking not in ("threshold", "leftmost"):
+        raise SettingError(
+            f"unmasking={settings.unmasking!r} contradicts a grammar, under which a block fills from the left. Leave it out."
+        )
+
+
 def _coerce(values: dict[str, Any]) -> None:
     mode = values.get("mode")
     if isinstance(mode, str):
@@ -165,6 +204,10 @@ def _check_ranges(s: Settings) -> None:
     _number("top_p", s.top_p, 0, 1, above=True)
     _number("min_p", s.min_p, 0, 1)
     _number("repetition_penalty", s.repetition_penalty, LEAST_PENALTY, 100)
+    for name in ("presence_penalty", "frequency_penalty"):
+        _number(name, getattr(s, name), -2, 2)
+    if s.logprobs is not None:
+        _whole("logprobs", s.logprobs, 0, MOST_LOGPROBS)
     for name in ("threshold", "editing_threshold"):
         if getattr(s, name) is not None:
             _number(name, getattr(s, name), 0, 1)

@@ -86,7 +86,8 @@ class Answer:
         new = g.new_tokens[self._num_sent :]
         self._num_sent += len(new)
         if text or new:
-            yield StreamEvent(kind="text", text=text, token_ids=tuple(new))
+            told = tuple(g.logprobs[self._num_sent - len(new) : self._num_sent])
+            yield StreamEvent(kind="text", text=text, token_ids=tuple(new), logprobs=told)
         if name_token is not None and g.finish_reason is None and g.canvas != self._last_canvas:
             self._last_canvas = list(g.canvas)
             yield StreamEvent(kind="canvas", canvas=[name_token(t) for t in g.canvas])

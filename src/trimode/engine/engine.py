@@ -8,6 +8,7 @@ One thread calls `tick` and `submit` (`engine.worker` brings requests of other t
 """
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,13 +16,13 @@ import numpy as np
 
 from trimode.decoding.generate import Observer, absorb_predictions, apply, check_step, plan_steps
 from trimode.decoding.interface import Generation, Predictions, Step
+from trimode.decoding.trace import traced
 from trimode.engine.answer import Answer
 from trimode.engine.language_model import LanguageModel, num_positions
 from trimode.engine.pages import Extent, Extents, Prefixes, num_common
 from trimode.engine.request import StreamEvent
-from trimode.engine.scheduler import FairQueue, num_ahead, piece_of, without_leading
+from trimode.engine.scheduler import FairQueue, Pace, num_ahead, piece_of, without_leading
 from trimode.errors import ContextLengthError
-from trimode.model.cache import KeyValueCache
 from trimode.model.views import Causal
 
 __all__ = ["Engine", "EngineLimits", "Entry", "Listener", "Snapshot"]
@@ -45,8 +46,8 @@ class EngineLimits:
     """Requests in the queue; more are refused."""
     cache_positions: int = 16_384
     """Tokens of all running requests together that the cache holds, rounded up to a power of two."""
-    prefill_inputs: int = 32
-    """Inputs of long prompts that join a forward while others decode: on a CPU about as dear as one ordinary step."""
+    prefill_inputs: int | None = None
+    """Inputs of long prompts that join a forward while others decode; None: as many as cost about one ordinary step, as measured."""
     prefill_inputs_alone: int = 512
     """The same while nobody waits for a token."""
 
@@ -94,6 +95,8 @@ class Snapshot:
     """Times that a request made room, since the start."""
     reused_tokens: int
     """Prompt tokens that were not read again, since the start."""
+    forwards: int
+    """Passes through the model, each shared by all who ran, since the start."""
 
 
 @dataclass(slots=True)
@@ -118,18 +121,21 @@ class Engine:
         num = 1 << (self.limits.cache_positions - 1).bit_length()
         self._extents = Extents(num, smallest=min(num, 64))
         self._prefixes = Prefixes()
-        self._cache = KeyValueCache(model.config, [num], dtype=model.dtype, device=model.device)
+        self._cache = model.forward.make_cache([num])
         # slots are names of extents: they hold nothing until they are placed
         self._cache.starts = [0] * self.limits.max_running
         self._cache.lengths = [0] * self.limits.max_running
         self._slots = list(range(self.limits.max_running))
         self._runner = model.make_runner(self._cache)
+        self._run = traced(self._runner, observe)
         self._queue: FairQueue[Entry] = FairQueue(self.limits.max_waiting)
         self._running: list[Entry] = []
         self._preempted: list[Entry] = []
         self._num_arrived = 0
         self._num_preemptions = 0
         self._num_reused = 0
+        self._num_forwards = 0
+        self._pace = Pace()
 
     # ---- from outside -----------------------------------------------------------------------------------------------------
 
@@ -154,6 +160,11 @@ class Engine:
         for entry in (*self._running, *self._preempted, *self._queue):
             entry.cancelled = True
 
+    def fail_all(self) -> None:
+        """End every request with an error."""
+        for entry in (*self._running, *self._preempted, *self._queue):
+            self._end(entry, "error")
+
     @property
     def num_queued(self) -> int:
         """Requests that were never let in yet."""
@@ -174,6 +185,7 @@ class Engine:
             positions_remembered=self._prefixes.num_positions,
             preemptions=self._num_preemptions,
             reused_tokens=self._num_reused,
+            forwards=self._num_forwards,
         )
 
     # ---- one tick ---------------------------------------------------------------------------------------------------------
@@ -186,9 +198,12 @@ class Engine:
         work = self._with_room(self._share())
         if not work:
             return False
+        start = time.perf_counter()
         try:
-            predictions = self._runner([w.entry.generation for w in work], [w.step for w in work])
+            predictions = self._run([w.entry.generation for w in work], [w.step for w in work])
+            self._num_forwards += 1
             self._absorb(work, predictions)
+            self._note_pace(work, time.perf_counter() - start)
         except Exception:
             LOG.exception("A forward failed; its %d requests end with an error.", len(work))
             for w in work:
@@ -285,7 +300,9 @@ class Engine:
         """What each request may do in this forward: short steps whole, long ones in pieces while the allowance lasts."""
         reading = [e for e in self._running if self._is_reading(e)]
         others = len(reading) < len(self._running)
-        left = self.limits.prefill_inputs if others else self.limits.prefill_inputs_alone
+        left = self.limits.prefill_inputs_alone
+        if others:
+            left = self.limits.prefill_inputs or self._pace.allowance
         work = []
         for entry in self._running:
             if entry not in reading:
@@ -298,6 +315,11 @@ class Engine:
             left -= len(one.step.tokens)
             work.append(one)
         return work
+
+    def _note_pace(self, work: list[_Work], seconds: float) -> None:
+        num_read = sum(len(w.step.tokens) for w in work if w.is_piece)
+        if len(work) > sum(w.is_piece for w in work):
+            self._pace.note(num_read, seconds)
 
     def _is_reading(self, entry: Entry) -> bool:
         return bool(entry.restore_to) or entry.generation.cached < len(entry.generation.prompt) - 1

@@ -7,6 +7,7 @@ from typing import Any
 from trimode.errors import PromptError
 from trimode.model.config import ModelConfig
 from trimode.text.chat_template import render_chat, validate_messages
+from trimode.text.literal import LiteralTexts
 from trimode.text.tokenizer import Tokenizer
 
 __all__ = ["check_ids", "encode_prompt", "is_batch"]
@@ -29,7 +30,10 @@ def encode_prompt(
     raw: bool = False,
     variables: Mapping[str, Any] | None = None,
 ) -> tuple[int, ...]:
-    """A string, chat messages or ids, to ids. Strings go through the chat template if there is one, unless `raw`."""
+    """A string, chat messages or ids, to ids. Strings go through the chat template if there is one, unless `raw`.
+
+    Special tokens written in messages are characters; in a raw string they are recognised.
+    """
     if isinstance(prompt, str):
         if prompt == "":
             raise PromptError("The prompt is empty. Give it at least one character.")
@@ -51,14 +55,15 @@ def encode_prompt(
         messages = validate_messages(prompt)
         if tokenizer is None or tokenizer.chat_template is None:
             raise PromptError("This checkpoint has no chat template. Give the prompt as a string or as a list of ids.")
+        literal = LiteralTexts(tokenizer)
         text = render_chat(
             tokenizer.chat_template,
-            messages if messages is not None else prompt,
+            [{**literal.hide(message), "role": message["role"]} for message in messages],
             bos_token=tokenizer.bos_token,
             eos_token=tokenizer.eos_token,
-            **(variables or {}),
+            **literal.hide(variables or {}),
         )
-        return _not_empty(tokenizer.encode(text))
+        return _not_empty(literal.encode(text))
     return check_ids(prompt, config)
 
 

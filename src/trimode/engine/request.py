@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from trimode.decoding.interface import Generation
+from trimode.decoding.interface import Generation, TokenLogprob
 
 __all__ = ["Generated", "Infilled", "Request", "Stats", "StreamEvent", "make_stats"]
 
@@ -65,6 +65,8 @@ class Generated:
     finish_reason: str
     """`stop`: the text ended. `length`: max_new_tokens were made."""
     stats: Stats
+    logprobs: list[TokenLogprob] | None = None
+    """Of each new id, where `logprobs` asks for them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +92,8 @@ class StreamEvent:
     """Newly final text; never taken back."""
     token_ids: tuple[int, ...] = ()
     """Newly final ids."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Theirs, where the request asks for them."""
     canvas: list[str | None] | None = None
     """The tentative block, None where still masked."""
     output: Generated | None = None

@@ -13,7 +13,7 @@ from trimode.decoding.interface import Generation, Step
 from trimode.errors import QueueFullError
 from trimode.model.views import BlockOverCausal, Causal
 
-__all__ = ["FairQueue", "num_ahead", "piece_of", "without_leading"]
+__all__ = ["FairQueue", "Pace", "num_ahead", "piece_of", "without_leading"]
 
 T = TypeVar("T")
 
@@ -64,6 +64,39 @@ class FairQueue(Generic[T]):
                     del self._lines[client]
                 return True
         return False
+
+
+class Pace:
+    """How many inputs of long prompts a forward takes along so that those who wait for tokens wait about twice as long, as measured.
+
+    What a prompt's piece adds to a forward is told from forwards with and without one; both are smoothed, and forget.
+    """
+
+    LEAST, FIRST, MOST = 8, 32, 256
+
+    def __init__(self) -> None:
+        self._ordinary_s: float | None = None
+        self._input_s: float | None = None
+
+    @property
+    def allowance(self) -> int:
+        """Inputs of the next piece."""
+        if self._ordinary_s is None or self._input_s is None:
+            return self.FIRST
+        return max(self.LEAST, min(self.MOST, int(self._ordinary_s / self._input_s)))
+
+    def note(self, num_read: int, seconds: float) -> None:
+        """A forward for others, with so many inputs of prompts among them, took so long."""
+        if not num_read:
+            self._ordinary_s = _smoothed(self._ordinary_s, seconds)
+        elif self._ordinary_s is not None:
+            # a forward that was no slower than an ordinary one still says that inputs are cheap
+            added = max(seconds - self._ordinary_s, 0.02 * self._ordinary_s)
+            self._input_s = _smoothed(self._input_s, added / num_read)
+
+
+def _smoothed(old: float | None, new: float) -> float:
+    return new if old is None else 0.8 * old + 0.2 * new
 
 
 def num_ahead(g: Generation, step: Step) -> int:

@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 
-from trimode.engine.engine import Engine, Entry
+from trimode.engine.engine import Engine, Entry, Snapshot
 from trimode.errors import QueueFullError
 
 __all__ = ["Worker"]
@@ -21,6 +21,8 @@ class Worker:
         self._changed = threading.Condition()
         self._stopped = False
         self._busy = False
+        self.snapshot: Snapshot = engine.snapshot()
+        """Where the engine stood after the last tick; other threads must not look into it while it runs."""
         self._thread = threading.Thread(target=self._run, name="trimode engine", daemon=True)
 
     def start(self) -> None:
@@ -38,15 +40,16 @@ class Worker:
         with self._changed:
             return not self._inbox and not self._busy
 
-    def submit(self, entry: Entry) -> None:
-        """Queue a request. Raises QueueFullError, ContextLengthError."""
-        self.engine.check(entry.answer)
+    def submit(self, *entries: Entry) -> None:
+        """Queue requests, all or none. Raises QueueFullError, ContextLengthError."""
+        for entry in entries:
+            self.engine.check(entry.answer)
         with self._changed:
             capacity = self.engine.limits.max_waiting
             waiting = self.engine.num_queued + len(self._inbox)
-            if waiting >= capacity:
+            if waiting + len(entries) > capacity:
                 raise QueueFullError(f"{waiting} requests are waiting already, as many as may. Try again in a while.")
-            self._inbox.append(entry)
+            self._inbox.extend(entries)
             self._changed.notify()
 
     def cancel(self, entry: Entry) -> None:
@@ -78,13 +81,20 @@ class Worker:
                 self._busy = not self.engine.is_idle
                 while not (self._inbox or self._busy or self._stopped):
                     self._changed.wait()
-                arrived, self._inbox = self._inbox, []
+                # under the lock: else those who come meanwhile would not count them
+                for entry in self._inbox:
+                    self.engine.submit(entry)
+                self._inbox.clear()
                 self._busy = True
                 stopped = self._stopped
-            for entry in arrived:
-                self.engine.submit(entry)
             if stopped:
                 self.engine.cancel_all()
-            self.engine.tick()
+            try:
+                self.engine.tick()
+            except Exception:
+                # a bug of ours: those who run hear of it, and those who come later are served
+                LOG.exception("The engine failed; all requests end with an error.")
+                self.engine.fail_all()
+            self.snapshot = self.engine.snapshot()
             if stopped:
                 return

@@ -78,8 +78,9 @@ class Tokenizer:
 
     # ---- between text and ids
 
-    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        """The ids of `text`. Special tokens written in it, such as `<|im_start|>`, are recognised.
+    def encode(self, text: str, *, add_special_tokens: bool = False, literally: bool = False) -> list[int]:
+        """The ids of `text`. Special tokens written in it, such as `<|im_start|>`, are recognised, unless it is taken `literally`:
+        then they are characters like any others.
 
         `add_special_tokens` adds what the checkpoint puts around a text, such as its first token. Raises PromptError
         when `text` is not a string or holds a lone surrogate, which no tokenizer can read.
@@ -87,7 +88,8 @@ class Tokenizer:
         if not isinstance(text, str):
             raise PromptError(f"a text to encode must be a string; got {type(text).__name__}.")
         try:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            backend = self._literal_backend if literally else self._backend
+            return backend.encode(text, add_special_tokens=add_special_tokens).ids
         except TypeError as error:
             surrogate = next((index for index, char in enumerate(text) if "\ud800" <= char <= "\udfff"), None)
             if surrogate is None:
@@ -96,6 +98,25 @@ class Tokenizer:
                 f"the text holds half a character (a lone surrogate, {text[surrogate]!r}) at index {surrogate}. "
                 "Decode it from its bytes again, or replace it."
             ) from error
+
+    @cached_property
+    def _literal_backend(self) -> "tokenizers.Tokenizer":
+        from tokenizers import Tokenizer as Backend
+
+        # a copy: the setting is the object's, and other threads encode with the first one
+        backend = Backend.from_str(self._backend.to_str())
+        backend.encode_special_tokens = True
+        return backend
+
+    @cached_property
+    def special_texts(self) -> tuple[str, ...]:
+        """How the special tokens are written, longest first."""
+        texts = (self.id_to_token(token_id) for token_id in self.special_ids)
+        return tuple(sorted(filter(None, texts), key=len, reverse=True))
+
+    def to_json(self) -> str:
+        """The contents of a tokenizer.json."""
+        return self._backend.to_str()
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`; bytes that are no UTF-8 show as U+FFFD, and ids above the vocabulary print nothing.
