@@ -98,6 +98,23 @@ def _say_needs(recipe: Any, checkpoint: Any, target: Any) -> dict[str, int]:
     return {**asdict(memory), "total": memory.total}
 
 
+def _join_ranks(device: str | None, stack: Any) -> Any:
+    """The device of this rank; under torchrun the ranks find each other first."""
+    import torch
+    import torch.distributed as dist
+
+    from trimode.device import pick_device
+
+    target = pick_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if target.type == "cuda":
+            target = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(target)
+        dist.init_process_group("nccl" if target.type == "cuda" else "gloo")
+        stack.callback(dist.destroy_process_group)
+    return target
+
+
 def _documents(recipe: Any, checkpoint: Any) -> tuple[Any, list[Any]]:
     """The mixture to train on, and the documents kept aside."""
     from trimode.training.convert import split_held_out
