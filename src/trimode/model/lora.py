@@ -62,8 +62,8 @@ class Lora:
     def product(
         self, layer: int, parts: Sequence[str], x: Tensor, weight: Tensor, bias: Tensor | None, acts: Tensor | None
     ) -> Tensor:
-        """x weight' + bias with what the adapter adds on the rows where `acts` [N, 1] is one (None: all), for training: the gradient
-        goes to x and to the factors, none to the weight. Without a copy of an output, unlike `add`."""
+        """x weight' + bias with what the adapter adds on the rows where `acts` [N, 1] is one (None: all). For training: gradients go
+        to x and to the factors, none to the weight, and no output is copied as in `add`."""
         A, Bs = self._prepared(layer, tuple(parts), x.dtype)
         y = _AdaptedProduct.apply(x, weight, bias, acts, self.scale, A, *Bs)
         assert isinstance(y, Tensor)
