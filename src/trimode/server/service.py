@@ -445,7 +445,8 @@ class _told:  # noqa: N801 - read as a word: with _told(body)
     """Library errors become replies that name the request's field."""
 
     def __init__(self, body: GenerationRequest) -> None:
-        self._fields = set(type(body).model_fields)
+        # only what was given can be at fault
+        self._fields = set(body.model_fields_set)
 
     def __enter__(self) -> None:
         return None
