@@ -1,45 +1,63 @@
-"""Which device, dtype and threads a model runs with, from what the user said and what the machine has."""
+"""Which device, dtype and threads a model runs with, from what the user said and what the machine has.
+
+torch is imported where it is needed: `trimode info` asks for the machine's memory without it.
+"""
 
 import os
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+from trimode.errors import MachineTooSmallError, SettingError, nearest
 
-from trimode.errors import SettingError, nearest
+if TYPE_CHECKING:
+    import torch
 
-__all__ = ["pick_device", "pick_dtype", "set_threads"]
+__all__ = [
+    "available_bytes",
+    "check_memory",
+    "memory_bytes",
+    "peak_memory",
+    "pick_device",
+    "pick_dtype",
+    "set_threads",
+    "total_memory",
+]
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = ("float32", "bfloat16", "float16")
 _ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 
 
-def pick_device(name: str | torch.device | None) -> torch.device:
+def pick_device(name: "str | torch.device | None") -> "torch.device":
     """The named device, or the GPU if there is one. Raises SettingError for one that this machine lacks."""
+    import torch
+
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+    except (RuntimeError, TypeError):  # torch's own words list two dozen devices that hardly anybody has
+        raise SettingError(f"There is no device {str(name)!r}. Use 'cpu' or 'cuda'.") from None
+    try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         raise SettingError(f"device {str(name)!r} is not usable here: {str(error).splitlines()[0]}") from None
     if device.type == "meta":
         raise SettingError("device 'meta' holds no numbers. Use 'cpu' or 'cuda'.")
     return device
 
 
-def pick_dtype(name: str | torch.dtype | None, stored: str) -> torch.dtype:
+def pick_dtype(name: "str | torch.dtype | None", stored: str) -> "torch.dtype":
     """The named dtype, or the one that the checkpoint is stored in; float32 for block-quantised files."""
+    import torch
+
     if isinstance(name, torch.dtype):
         name = str(name).removeprefix("torch.")
     if name in (None, "auto"):
-        return DTYPES.get(stored, torch.float32)
+        return getattr(torch, stored) if stored in DTYPES else torch.float32
     name = _ALIASES.get(str(name), str(name))
     if name not in DTYPES:
         raise SettingError(f"dtype must be one of {', '.join(DTYPES)}; got {name!r}.{nearest(name, DTYPES)}")
-    return DTYPES[name]
+    return getattr(torch, name)
 
 
 def set_threads(count: int | None) -> None:
@@ -49,4 +67,71 @@ def set_threads(count: int | None) -> None:
     most = 4 * (os.cpu_count() or 1)
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most:
         raise SettingError(f"threads must be a whole number from 1 to {most} on this machine; got {count!r}.")
+    import torch
+
     torch.set_num_threads(count)
+
+
+def check_memory(name: str, num_bytes: int) -> None:
+    """Raises MachineTooSmallError where so many bytes of weights can never lie in this machine's memory."""
+    has = memory_bytes()
+    if has is not None and num_bytes > has:
+        raise MachineTooSmallError(
+            f"The weights of {name} take {num_bytes / 1e9:.1f} GB in this dtype, and this machine has {has / 1e9:.1f} GB. "
+            f"Use a narrower dtype or a smaller model; see trimode info."
+        )
+
+
+def memory_bytes() -> int | None:
+    """Memory that this machine, or the container that we run in, has in all; None where the system does not say."""
+    try:
+        installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf, and some systems lack the names
+        return None
+    limit = _control_group("memory.max")
+    return installed if limit is None else min(installed, limit)
+
+
+def available_bytes() -> int | None:
+    """Memory that a new process could take right now; None where the system does not say."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():
+        return None
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+    if "MemAvailable" not in fields:
+        return None
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = _control_group("memory.max"), _control_group("memory.current")
+    return available if limit is None or used is None else min(available, max(limit - used, 0))
+
+
+def _control_group(name: str) -> int | None:
+    """A number of the Linux control group that a container sees as its own; None without one or without a limit."""
+    file = Path("/sys/fs/cgroup") / name
+    try:
+        text = file.read_text().strip()
+    except OSError:  # no control groups here, or not ours to read
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def peak_memory(device: "torch.device") -> int | None:
+    """Bytes at most so far: of the GPU's allocations there, else of this process; None where the system does not tell."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    peak = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM")), None)
+    return None if peak is None else int(peak.split()[1]) * 1024
+
+
+def total_memory(device: "torch.device") -> int | None:
+    """Bytes that the GPU, or the machine, has; None where the system does not tell."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_properties(device).total_memory
+    return memory_bytes()

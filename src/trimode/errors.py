@@ -16,6 +16,7 @@ __all__ = [
     "DataError",
     "EngineContractError",
     "GrammarError",
+    "MachineTooSmallError",
     "MeasurementError",
     "MissingMaskTokenError",
     "PromptError",
@@ -59,6 +60,10 @@ class UnsupportedModelError(CheckpointError):
 
 class DataError(TrimodeError, ValueError):
     """A file of prompts or training documents is missing, empty or malformed."""
+
+
+class MachineTooSmallError(TrimodeError, RuntimeError):
+    """The weights can never fit into this machine's memory."""
 
 
 class MissingMaskTokenError(TrimodeError, LookupError):

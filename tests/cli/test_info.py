@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from trimode import device
 from trimode.cli import info as info_command
 from trimode.errors import CheckpointNotFoundError
 
@@ -97,6 +98,6 @@ def test_the_verdict(needed, memory, free, told):
 
 
 def test_this_machine_has_memory_and_some_of_it_is_free():
-    has, free = info_command.memory_bytes(), info_command.available_bytes()
+    has, free = device.memory_bytes(), device.available_bytes()
     assert has is None or has > 0
     assert free is None or has is None or 0 <= free <= has

@@ -17,7 +17,7 @@ def candidates(rows, **changes):
     p = torch.tensor(rows)
     values = {
         "confidence": p.amax(-1),
-        "probabilities": p,
+        "scores": p.log,
         "quota": 2,
         "threshold": 0.9,
         "entropy_bound": 0.5,

@@ -5,7 +5,7 @@ import torch
 
 from trimode.decoding.autoregressive import Autoregressive
 from trimode.decoding.generate import run_to_end
-from trimode.decoding.interface import Generation, Outcome, Predictions, Step, Traits
+from trimode.decoding.interface import Generation, Outcome, Predictions, Rows, Step, Traits
 from trimode.decoding.settings import Settings
 from trimode.errors import EngineContractError
 from trimode.model.views import Bidirectional, Causal
@@ -20,7 +20,7 @@ def counting(generations, steps):
         after = torch.zeros(len(step.after), 50)
         for row, index in enumerate(step.after):
             after[row, step.tokens[index] + 1] = 5.0
-        outputs.append(Predictions(after=after, at=torch.zeros(len(step.at), 50)))
+        outputs.append(Predictions(after=Rows(after), at=Rows(torch.zeros(len(step.at), 50))))
     return outputs
 
 

@@ -1,12 +1,14 @@
 """The library's face: prompts, counts, streams, scores, and what mistakes get."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 import trimode
 from tests.worlds import EOS, random_lora, tiny_config, tiny_model
+from trimode.decoding.interface import Rows
 from trimode.errors import ContextLengthError, MissingMaskTokenError, PromptError, SettingError, TrimodeError
 
 MODEL = tiny_model(1)
@@ -284,16 +286,15 @@ def test_top_k_keeps_k_tokens_even_where_they_tie_and_min_p_cuts_at_its_share():
 
 
 def test_a_batch_takes_the_memory_of_its_requests_not_of_its_longest_one(monkeypatch):
-    from trimode.engine import language_model
-
     made = []
+    make_cache = MODEL.forward.make_cache
 
-    class Watched(language_model.KeyValueCache):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            made.append(self.num_bytes)
+    def watched(lengths):
+        cache = make_cache(lengths)
+        made.append(cache.num_bytes)
+        return cache
 
-    monkeypatch.setattr(language_model, "KeyValueCache", Watched)
+    monkeypatch.setattr(MODEL.forward, "make_cache", watched)
     prompts = [[5]] * 7 + [[7] * 400] + [[6, 7]] * 8
     together = MODEL.generate(prompts, mode="ar", max_new_tokens=5)
     alone = [MODEL.generate(prompt, mode="ar", max_new_tokens=5) for prompt in prompts]
@@ -315,12 +316,12 @@ def test_a_penalty_does_not_make_a_filled_token_a_repetition_of_itself():
     logits = torch.ones(2, model.config.vocab_size)
     logits[0, 9], logits[1, 11] = 4.0, 4.0
     logits[:, mask] = -9.0
-    assert denoise(g, Progress(num_masked=2, num_steps=2), logits) == 0
+    assert denoise(g, Progress(num_masked=2, num_steps=2), Rows(logits)) == 0
     assert g.canvas == [9, 11]
     # a token that stands elsewhere in the block is one
     g.canvas = [9, 9]
     logits[1] = logits[0]
-    assert denoise(g, Progress(num_masked=2, num_steps=2), logits) == 2
+    assert denoise(g, Progress(num_masked=2, num_steps=2), Rows(logits)) == 2
 
 
 def test_one_tensor_in_a_list_is_a_batch_of_one():
@@ -350,3 +351,19 @@ def test_careless_calls_get_one_line(mistake):
     with pytest.raises(TrimodeError) as caught:
         mistake(MODEL)
     assert "\n" not in str(caught.value)
+
+
+def test_weights_that_can_never_fit_are_refused_before_any_is_read(monkeypatch):
+    from trimode import device
+    from trimode.errors import MachineTooSmallError
+
+    golden = Path(__file__).parents[1] / "golden" / "nld_tiny"
+    monkeypatch.setattr(device, "memory_bytes", lambda: 4 * 111_936 - 1)
+    monkeypatch.setattr("trimode.engine.language_model.Transformer", None)  # nothing is made of them
+    with pytest.raises(MachineTooSmallError, match=r"this machine has 0\.0 GB"):
+        trimode.load(golden)
+    monkeypatch.undo()
+    monkeypatch.setattr(device, "memory_bytes", lambda: 4 * 111_936 - 1)
+    assert trimode.load(golden, dtype="bfloat16").dtype == torch.bfloat16
+    monkeypatch.setattr(device, "memory_bytes", lambda: None)  # a system that does not say
+    assert trimode.load(golden).dtype == torch.float32

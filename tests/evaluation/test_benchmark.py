@@ -13,7 +13,7 @@ from trimode.cli.app import run
 from trimode.decoding.autoregressive import Autoregressive
 from trimode.decoding.block_diffusion import BlockDiffusion
 from trimode.decoding.generate import run_to_end
-from trimode.decoding.interface import Generation, Predictions, Traits
+from trimode.decoding.interface import Generation, Predictions, Rows, Traits
 from trimode.decoding.self_speculation import LinearSelfSpeculation
 from trimode.decoding.settings import Settings
 from trimode.errors import MeasurementError
@@ -34,7 +34,7 @@ def watched(decoder, wrong=(), **settings):
     """A model that knows the text; as a drafter it errs at the positions `wrong`."""
 
     def rows(tokens):
-        return torch.nn.functional.one_hot(torch.tensor(tokens, dtype=torch.long), VOCAB).float() * 50
+        return Rows(torch.nn.functional.one_hot(torch.tensor(tokens, dtype=torch.long), VOCAB).float() * 50)
 
     def answer(generations, steps):
         predictions = []
@@ -163,7 +163,8 @@ def test_the_command_writes_its_report_and_goes_on_after_ctrl_c(tmp_path, monkey
     assert rows["ar"]["e2e_tpf"]["total"] == 1
     out = capfd.readouterr().out
     assert max(len(line) for line in out.splitlines() if "self_spec" in line or "tokens" in line) <= 80
-    assert "tokens/" in out and "…" not in out
+    assert "tokens/" in out
+    assert "…" not in out
 
 
 @pytest.mark.parametrize("text", ["", "\n", "{", '{"prompt": ""}', "[]"])

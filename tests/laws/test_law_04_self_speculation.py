@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.worlds import EOS, random_lora, tiny_config, tiny_model
+from trimode.decoding.interface import Rows
 from trimode.engine.request import Request
 
 KINDS = ("linear", "quadratic")
@@ -161,7 +162,7 @@ def test_rejection_sampling_accepts_with_probability_p_over_q():
     total = 6000
     for _ in range(total):
         draft = int(torch.multinomial(q, 1, generator=g.random))
-        tokens = verify([draft], q[None], torch.stack([p.log(), p.log()]), g)
+        tokens = verify([draft], q[None], Rows(torch.stack([p.log(), p.log()])), g)
         firsts[tokens[0]] += 1
         num_accepted += len(tokens) == 2
     # sum of min(p, q) = 0.1 + 0.3 + 0.2; three standard deviations of 6,000 coin throws are 0.019

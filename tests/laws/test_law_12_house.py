@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "trimode"
 FLOORS = [
-    {"errors"},
+    {"errors", "_native"},
     {"device"},
     {"model", "text", "diffusion"},
     {"decoding", "checkpoint"},

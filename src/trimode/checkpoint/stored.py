@@ -5,6 +5,7 @@ megabytes at a time straight into their place in a tensor that already has its f
 memory of the result and little more.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -48,36 +49,61 @@ class StoredTensor:
 
     def read_into(self, out: "Tensor") -> None:
         """Fill `out`, contiguous, of this shape and of any floating dtype and device."""
-        import torch
-
         rows, columns = self._rows_and_columns()
         if rows * columns == 0:
             return
         out = out.view(rows, columns)
+        if not self.interleaved_heads and out.device.type == "cpu" and out.dtype == _torch_dtype(self.encoding):
+            import torch
+
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self.offset)
+                self._fill(file, out.view(-1).view(torch.uint8).numpy().data)
+            return
+        for start, raw, count in self._raw_rows():
+            chunk = _decode(raw, self.encoding, count, columns)
+            place = out[start : start + count]
+            if pairs := self._pairs():
+                chunk = chunk.view(-1, pairs, 2, columns).transpose(1, 2)
+                place = place.view(-1, 2, pairs, columns)
+            place.copy_(chunk)
+
+    def float_rows(self) -> "Iterator[tuple[int, Tensor]]":
+        """The numbers in float32, a few megabytes of rows at a time, each with the number of its first row."""
+        _, columns = self._rows_and_columns()
+        for start, raw, count in self._raw_rows():
+            chunk = _decode(raw, self.encoding, count, columns).float()
+            if pairs := self._pairs():
+                chunk = chunk.view(-1, pairs, 2, columns).transpose(1, 2).reshape(count, columns)
+            yield start, chunk
+
+    def block_rows(self) -> "Iterator[tuple[list[int], bytearray]]":
+        """Rows as the file has them, a few megabytes at a time, and which row each one is."""
+        for start, raw, count in self._raw_rows():
+            order = list(range(start, start + count))
+            if pairs := self._pairs():
+                order = [i - i % (2 * pairs) + i % 2 * pairs + i % (2 * pairs) // 2 for i in order]
+            yield order, raw
+
+    def _pairs(self) -> int:
+        return self._rows_and_columns()[0] // self.interleaved_heads // 2 if self.interleaved_heads else 0
+
+    def _raw_rows(self) -> "Iterator[tuple[int, bytearray, int]]":
+        """First row, bytes and number of rows of each piece; whole heads where they are interleaved. The bytes are used again."""
+        rows, columns = self._rows_and_columns()
         row_bytes = self.num_bytes // rows
         step = max(1, _CHUNK_BYTES // (4 * columns))
-        pairs = 0
-        if self.interleaved_heads:
-            head_rows = rows // self.interleaved_heads
-            pairs = head_rows // 2
-            step = max(1, step // head_rows) * head_rows  # whole heads only
+        if pairs := self._pairs():
+            step = max(1, step // (2 * pairs)) * 2 * pairs
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.offset)
-            if not pairs and out.device.type == "cpu" and out.dtype == _torch_dtype(self.encoding):
-                self._fill(file, out.view(-1).view(torch.uint8).numpy().data)
-                return
             buffer = bytearray(min(step, rows) * row_bytes)
             for start in range(0, rows, step):
-                stop = min(start + step, rows)
-                if (stop - start) * row_bytes != len(buffer):
-                    buffer = bytearray((stop - start) * row_bytes)
+                count = min(step, rows - start)
+                if count * row_bytes != len(buffer):
+                    buffer = bytearray(count * row_bytes)
                 self._fill(file, memoryview(buffer))
-                chunk = _decode(buffer, self.encoding, stop - start, columns)
-                place = out[start:stop]
-                if pairs:
-                    chunk = chunk.view(-1, pairs, 2, columns).transpose(1, 2)
-                    place = place.view(-1, 2, pairs, columns)
-                place.copy_(chunk)
+                yield start, buffer, count
 
     def _rows_and_columns(self) -> tuple[int, int]:
         if len(self.shape) == 1:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from trimode import __version__
-from trimode.cli import bench, chat, convert, demo, distill, generate, info, screen, serve, train
+from trimode.cli import bench, chat, convert, demo, distill, eval, generate, info, screen, serve, sol, trace, train
 from trimode.cli.help import HelpfulCommand, HelpfulGroup
 from trimode.errors import TrimodeError, nearest
 
@@ -39,6 +39,9 @@ app.command("info", cls=HelpfulCommand)(info.info)
 app.command("demo", cls=HelpfulCommand)(demo.demo)
 app.command("convert", cls=HelpfulCommand)(convert.convert)
 app.command("bench", cls=HelpfulCommand)(bench.bench)
+app.command("eval", cls=HelpfulCommand)(eval.evaluate)
+app.command("sol", cls=HelpfulCommand)(sol.sol)
+app.command("trace", cls=HelpfulCommand)(trace.trace)
 app.command("distill", cls=HelpfulCommand)(distill.distill)
 app.command("train", cls=HelpfulCommand)(train.train)
 

@@ -22,6 +22,7 @@ from trimode.cli.options import (
     parse,
     takes_knobs,
 )
+from trimode.cli.tracing import TracePath, Tracer, tracing
 from trimode.decoding.settings import MODES
 from trimode.errors import ContextLengthError, PromptError, SettingError, TrimodeError, nearest
 from trimode.viz import terminal
@@ -56,6 +57,7 @@ def chat(
         bool,
         typer.Option("--canvas", rich_help_panel="Output", help="Show the block that is being filled, as it fills."),
     ] = False,
+    trace: TracePath = None,
     **knobs: Any,
 ) -> None:
     """Talk with a model.
@@ -73,16 +75,23 @@ def chat(
         screen.refuse_hidden_canvas()
     if sys.stdin is None or sys.stdin.closed:
         raise PromptError("Standard input is closed, so there is nobody to talk with.")
-    runner = screen.load(model, dtype=dtype, device=device, threads=threads)
-    if runner.tokenizer is None:
-        raise PromptError(f"{runner.name} has no tokenizer, so it cannot chat. Use trimode generate --prompt-ids.")
-    conversation = Conversation(
-        runner, settings, system=system, canvas=canvas, json=json, stats_after_each=stats is not False and not json
-    )
-    if sys.stdin.isatty():
-        screen.say(screen.title(runner))
-        screen.say(Text("/help lists the commands, Ctrl-D leaves.", style="dim"))
-    conversation.run()
+    with tracing(trace) as tracer:
+        runner = screen.load(model, dtype=dtype, device=device, threads=threads)
+        if runner.tokenizer is None:
+            raise PromptError(f"{runner.name} has no tokenizer, so it cannot chat. Use trimode generate --prompt-ids.")
+        conversation = Conversation(
+            runner,
+            settings,
+            system=system,
+            canvas=canvas,
+            json=json,
+            stats_after_each=stats is not False and not json,
+            tracer=tracer,
+        )
+        if sys.stdin.isatty():
+            screen.say(screen.title(runner))
+            screen.say(Text("/help lists the commands, Ctrl-D leaves.", style="dim"))
+        conversation.run()
 
 
 @dataclass(slots=True)
@@ -102,6 +111,7 @@ class Conversation:
     """The statistics of every finished answer."""
     told: set[str] = field(default_factory=set)
     """Notices that were told; once is enough."""
+    tracer: Tracer = field(default_factory=lambda: Tracer(None))
 
     def run(self) -> None:
         """Read and answer until the input ends, `/quit`, or Ctrl-C."""
@@ -133,12 +143,13 @@ class Conversation:
         message = {"role": "user", "content": text}
         start = [{"role": "system", "content": self.system}] if self.system else []
         asked = [*start, *self.history, message]
+        knobs = {**self.knobs, **self.tracer.observing(self.model)}
         if self.json:
-            output = self.model.generate(asked, **self.knobs)
+            output = self.model.generate(asked, **knobs)
             answer = output.text
             screen.print_json(screen.as_record(output))
         else:
-            shown = screen.show(self.model.stream(asked, canvas=self.canvas, **self.knobs), canvas=self.canvas)
+            shown = screen.show(self.model.stream(asked, canvas=self.canvas, **knobs), canvas=self.canvas)
             output, answer = shown.output, shown.text
         if output is not None:
             self.costs.append(output.stats.as_dict())

@@ -98,7 +98,7 @@ def convert(
     recipe = make_recipe(raw, Path.cwd(), changes or [])
     run = target.parent / f"{target.name}.run"
     summary = train.run(recipe, run, device, num_threads, checkpoint)
-    if not train.is_first_rank():
+    if not screen.is_first_rank():
         return
     write_converted(target, run, recipe, checkpoint)
     summary = {

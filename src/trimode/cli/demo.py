@@ -7,6 +7,7 @@ from rich.text import Text
 
 from trimode.cli import screen
 from trimode.cli.options import Device, Dtype, Json, ModelName, Threads, given
+from trimode.cli.tracing import TracePath, Tracer, tracing
 from trimode.errors import PromptError
 from trimode.viz import terminal
 
@@ -28,12 +29,18 @@ def demo(
     device: Device = None,
     threads: Threads = None,
     json: Json = False,
+    trace: TracePath = None,
 ) -> None:
     """Ask one question in every mode and compare the costs."""
     limit = given({"max_new_tokens": max_new_tokens})["max_new_tokens"]
     if not prompt:
         raise PromptError("The prompt is empty. Give some text.")
-    runner = screen.load(model, dtype=dtype, device=device, threads=threads)
+    with tracing(trace) as tracer:
+        runner = screen.load(model, dtype=dtype, device=device, threads=threads)
+        _compare(runner, prompt, limit, tracer, json=json)
+
+
+def _compare(runner: Any, prompt: str, limit: int, tracer: Tracer, *, json: bool) -> None:
     # Whatever is set up on first use (threads, buffers) is no mode's cost.
     runner.generate(prompt, mode="ar", max_new_tokens=2)
 
@@ -46,14 +53,14 @@ def demo(
     for mode in MODES:
         notice = runner.notice(mode)
         if json:
-            outputs[mode] = runner.generate(prompt, mode=mode, max_new_tokens=limit)
+            outputs[mode] = runner.generate(prompt, mode=mode, max_new_tokens=limit, **tracer.observing(runner))
             continue
         console.print()
         console.print(Text(f"── {mode} ──", style="bold cyan"))
         if notice and notice not in told:
             told.add(notice)  # what holds for two modes is said once
             console.print(Text(notice, style="dim italic"), soft_wrap=True)
-        shown = screen.show(runner.stream(prompt, mode=mode, max_new_tokens=limit))
+        shown = screen.show(runner.stream(prompt, mode=mode, max_new_tokens=limit, **tracer.observing(runner)))
         if shown.output is None:
             raise typer.Exit(130)
         outputs[mode] = shown.output

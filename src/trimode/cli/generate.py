@@ -7,6 +7,7 @@ import typer
 
 from trimode.cli import screen
 from trimode.cli.options import Device, Dtype, Json, ModelName, Stats, Threads, given, takes_knobs
+from trimode.cli.tracing import TracePath, tracing
 from trimode.errors import PromptError, SettingError
 from trimode.viz import terminal
 
@@ -45,6 +46,7 @@ def generate(
         bool,
         typer.Option("--canvas", rich_help_panel="Output", help="Show the block that is being filled, as it fills."),
     ] = False,
+    trace: TracePath = None,
     **knobs: Any,
 ) -> None:
     """Answer one prompt, printing the text as it is committed.
@@ -61,8 +63,15 @@ def generate(
             raise SettingError("--canvas has no effect in mode ar, which has no blocks. Leave it out.")
         screen.refuse_hidden_canvas()
     asked = _prompt(prompt, prompt_ids, system, raw)
-    runner = screen.load(model, dtype=dtype, device=device, threads=threads)
+    with tracing(trace) as tracer:
+        runner = screen.load(model, dtype=dtype, device=device, threads=threads)
+        settings |= tracer.observing(runner)
+        _answer(runner, asked, settings, raw=raw, json=json, stats=stats, canvas=canvas)
 
+
+def _answer(
+    runner: Any, asked: Any, settings: dict[str, Any], *, raw: bool, json: bool, stats: bool | None, canvas: bool
+) -> None:
     if json:
         output = runner.generate(asked, raw=raw, **settings)
         screen.print_json(screen.as_record(output))

@@ -1,13 +1,12 @@
 """`trimode info`: what a checkpoint is and what running it takes, from its headers alone."""
 
-import os
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from trimode.cli import screen
 from trimode.cli.options import Json
+from trimode.device import available_bytes, memory_bytes
 from trimode.viz import terminal
 
 __all__ = ["info"]
@@ -42,36 +41,3 @@ def verdict(needed: int, *, memory_bytes: int | None, available_bytes: int | Non
     if available_bytes is not None and needed > available_bytes:
         return "would run here with more memory free"
     return "runs here"
-
-
-def memory_bytes() -> int | None:
-    """Memory that this machine, or the container that we run in, has in all; None where the system does not say."""
-    try:
-        installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # Windows has no sysconf, and some systems lack the names
-        return None
-    limit = _control_group("memory.max")
-    return installed if limit is None else min(installed, limit)
-
-
-def available_bytes() -> int | None:
-    """Memory that a new process could take right now; None where the system does not say."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.is_file():
-        return None
-    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-    if "MemAvailable" not in fields:
-        return None
-    available = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = _control_group("memory.max"), _control_group("memory.current")
-    return available if limit is None or used is None else min(available, max(limit - used, 0))
-
-
-def _control_group(name: str) -> int | None:
-    """A number of the Linux control group that a container sees as its own; None without one or without a limit."""
-    file = Path("/sys/fs/cgroup") / name
-    try:
-        text = file.read_text().strip()
-    except OSError:  # no control groups here, or not ours to read
-        return None
-    return int(text) if text.isdigit() else None

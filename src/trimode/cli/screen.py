@@ -6,6 +6,7 @@ carries the answer alone.
 
 import json
 import math
+import os
 import sys
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ __all__ = [
     "answers_console",
     "as_record",
     "errors_console",
+    "is_first_rank",
     "load",
     "one_line",
     "print_json",
@@ -62,6 +64,11 @@ def answers_console() -> Console:
 def errors_console() -> Console:
     """A console on standard error."""
     return _Console(stderr=True)
+
+
+def is_first_rank() -> bool:
+    """Whether this process may speak and write: the only one, or torchrun's first."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def one_line(message: str) -> str:

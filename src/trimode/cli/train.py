@@ -38,17 +38,12 @@ def train(
 
     settings = read_recipe(Path(recipe), changes or [])
     summary = run(settings, Path(output), device, num_threads)
-    if not is_first_rank():
+    if not screen.is_first_rank():
         return
     if json:
         screen.print_json(summary)
     else:
         screen.say(json_module.dumps(summary))
-
-
-def is_first_rank() -> bool:
-    """Whether this process may speak and write: the only one, or torchrun's first."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def run(recipe: Any, output: Path, device: str | None, threads: int | None, checkpoint: Any = None) -> dict[str, Any]:
@@ -102,7 +97,7 @@ def _documents(recipe: Any, checkpoint: Any) -> tuple[Any, list[Any]]:
         )
         for source in recipe.data.sources
     ]
-    if skipped and is_first_rank():
+    if skipped and screen.is_first_rank():
         screen.say(f"{len(skipped)} lines skipped; the first: {skipped[0]}")
     first, held = split_held_out(sources[0][0], recipe.data.held_out)
     return Mixture([(first, sources[0][1]), *sources[1:]], seed=recipe.train.seed), held
@@ -111,6 +106,7 @@ def _documents(recipe: Any, checkpoint: Any) -> tuple[Any, list[Any]]:
 def _run(recipe: Any, output: Path, target: Any, checkpoint: Any) -> dict[str, Any]:
     import torch
 
+    from trimode.cli.train_log import TrainingLog
     from trimode.model.transformer import Transformer
     from trimode.training import convert
     from trimode.training.memory import training_memory
@@ -121,7 +117,7 @@ def _run(recipe: Any, output: Path, target: Any, checkpoint: Any) -> dict[str, A
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     run_directory = RunDirectory(output, identity=recipe.identity())
     data, held = _documents(recipe, checkpoint)
-    if is_first_rank():
+    if screen.is_first_rank():
         memory = training_memory(checkpoint.config, recipe, num_ranks)
         screen.say(
             f"needs about {memory.total / 1e9:.2f} GB: weights {memory.weights / 1e9:.2f}, gradients "
@@ -136,7 +132,7 @@ def _run(recipe: Any, output: Path, target: Any, checkpoint: Any) -> dict[str, A
         convert.take_adapter(model, Path(recipe.adapter.initial))
     if recipe.train.shard and num_ranks > 1:
         convert.shard(model)
-    with _Log(output, recipe.train.steps) as log:
+    with TrainingLog(output, recipe.train.steps, target) as log:
         try:
             train_model(
                 model,
@@ -149,112 +145,18 @@ def _run(recipe: Any, output: Path, target: Any, checkpoint: Any) -> dict[str, A
                 evaluate=convert.Held(held, recipe) if held else None,
             )
         except Interrupted as end:
-            if is_first_rank():
+            if screen.is_first_rank():
                 screen.say(f"{end}: saved in {output}. The same command continues.")
             raise typer.Exit(128 + end.signum) from None
     log.draw(recipe)
-    summary: dict[str, Any] = {"steps": recipe.train.steps, **({"last": log.history[-1]} if log.history else {})}
+    summary: dict[str, Any] = {"steps": recipe.train.steps, **log.cost()}
+    if log.history:
+        summary["last"] = log.history[-1]
+        if screen.is_first_rank():
+            screen.say(log.cost_in_words())
     if recipe.objective in ("adapter", "drafter"):
-        if is_first_rank():
+        if screen.is_first_rank():
             convert.export_adapter(output / "adapter", model, recipe, checkpoint.fingerprint())
         return {"adapter": str(output / "adapter"), **summary}
     convert.export_checkpoint(output / "checkpoint", model, recipe, checkpoint.tokenizer())
     return {"checkpoint": str(output / "checkpoint"), **summary}
-
-
-class _Log:
-    """A run's progress: a bar on the screen, lines of JSON, TensorBoard's events where it is installed."""
-
-    def __init__(self, output: Path, num_steps: int) -> None:
-        self.history: list[dict[str, Any]] = []
-        self._output = output
-        self._num_steps = num_steps
-
-    def __enter__(self) -> "_Log":
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        self._file: Any = None
-        self._events: Any = None
-        if not is_first_rank():
-            return self
-        self._file = (self._output / "log.jsonl").open("a", encoding="utf-8")
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._events = SummaryWriter(str(self._output / "events"))
-        except ImportError:
-            pass
-        columns = (
-            TextColumn("update"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[state]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        self._bar = Progress(*columns, console=screen.errors_console())
-        self._bar.start()
-        self._task = self._bar.add_task("", total=self._num_steps, state="")
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        if self._file is not None:
-            self._bar.stop()
-            self._file.close()
-        if self._events is not None:
-            self._events.close()
-
-    def tell(self, progress: Any) -> None:
-        """Take down one update."""
-        record = {
-            "step": progress.step,
-            "loss": progress.loss,
-            "rate": progress.rate,
-            "grad_norm": progress.grad_norm,
-            "seconds": progress.seconds,
-            **progress.parts,
-            **{f"held_out_{name}": value for name, value in (progress.evaluation or {}).items()},
-        }
-        self.history.append(record)
-        if self._file is None:
-            return
-        self._file.write(json_module.dumps(record) + "\n")
-        self._file.flush()
-        if self._events is not None:
-            for name, value in record.items():
-                self._events.add_scalar(name, value, progress.step)
-        self._bar.update(
-            self._task, completed=progress.step, state=f"loss {progress.loss:.3f}  {progress.seconds:.1f} s"
-        )
-
-    def draw(self, recipe: Any) -> None:
-        """The whole run as a picture, where matplotlib is installed."""
-        if self._file is None:
-            return
-        from trimode.viz.curves import training_curves
-
-        # a line that a crash cut off, or an update that was done again, is left out
-        records: dict[int, dict[str, Any]] = {}
-        for line in (self._output / "log.jsonl").read_text(encoding="utf-8").splitlines():
-            try:
-                record = json_module.loads(line)
-            except ValueError:
-                continue
-            records[record["step"]] = record
-        if not records:
-            return
-        try:
-            training_curves(
-                [records[step] for step in sorted(records)],
-                self._output / "curves.png",
-                f"{Path(recipe.base).name}: {recipe.objective}",
-            )
-        except ImportError:
-            screen.say("curves.png is not drawn: matplotlib is not installed (pip install 'trimode[plots]').")

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from trimode.decoding.autoregressive import causal_step
-from trimode.decoding.interface import Generation, OneByOne, Outcome, Predictions, Step, TokenLogprob, Traits
+from trimode.decoding.interface import Generation, OneByOne, Outcome, Predictions, Rows, Step, TokenLogprob, Traits
 from trimode.decoding.sampling import (
     adjusted,
+    best_tokens,
     fill_from_left,
     next_token,
     pick,
@@ -61,7 +62,9 @@ class Progress:
 
 
 def length_of_block(generation: Generation) -> int:
-    """The request's block length, or the checkpoint's."""
+    """What `auto` chose, the request's block length, or the checkpoint's."""
+    if generation.choice is not None:
+        return generation.choice.block_length
     return generation.settings.block_length or generation.traits.block_length
 
 
@@ -89,40 +92,33 @@ def places_asked(generation: Generation, progress: Progress) -> list[int]:
     return [i for i in range(len(generation.canvas)) if i not in progress.fixed]
 
 
-def denoise(generation: Generation, progress: Progress, logits: Tensor) -> int:
-    """Fill and revise the canvas from the logits of `places_asked`. Returns how many tokens were revised."""
+def denoise(generation: Generation, progress: Progress, rows: Rows) -> int:
+    """Fill and revise the canvas from the rows of `places_asked`. Returns how many tokens were revised."""
     settings, traits, canvas = generation.settings, generation.traits, generation.canvas
     places = places_asked(generation, progress)
     if generation.constraint is not None:
-        _fill_in_order(generation, progress, places, logits)
+        _fill_in_order(generation, progress, places, rows)
         return 0
-    known = [token for token in canvas if token != traits.mask_token_id]
-    scores = adjusted(logits, generation, [*generation.final, *known])
-    if settings.has_penalty:
-        for j, place in enumerate(places):
-            if canvas[place] != traits.mask_token_id:
-                # what stands at a place is no repetition of itself
-                others = [t for i, t in enumerate(canvas) if i != place and t != traits.mask_token_id]
-                scores[j : j + 1] = adjusted(logits[j : j + 1], generation, [*generation.final, *others])
-    if progress.banned:
-        scores[:, list(progress.banned)] = float("-inf")
-    if settings.temperature == 0:
-        tokens = scores.argmax(dim=-1)
-    else:
-        tokens = pick(truncated_distribution(scores, settings), uniform(generation, len(places)))
+    tokens = _chosen_tokens(generation, progress, places, rows)
     # as the reference: the untempered softmax with the mask in it, rounded to the model's dtype
-    probabilities = logits.float().softmax(dim=-1)
-    confidence = probabilities.gather(-1, tokens[:, None])[:, 0].to(logits.dtype)
+    confidence = rows.probabilities(tokens)
 
     before = list(canvas)
     masked = [j for j, place in enumerate(places) if canvas[place] == traits.mask_token_id]
     filled = [j for j, place in enumerate(places) if canvas[place] != traits.mask_token_id]
     revised = 0
     if settings.editing_threshold is not None and filled:
-        revised = _revise(generation, progress, [places[j] for j in filled], tokens[filled], confidence[filled])
+        revised = _revise(
+            generation, progress, [places[j] for j in filled], [tokens[j] for j in filled], confidence[filled]
+        )
     if masked:
         _fill(
-            generation, progress, [places[j] for j in masked], tokens[masked], confidence[masked], probabilities[masked]
+            generation,
+            progress,
+            [places[j] for j in masked],
+            [tokens[j] for j in masked],
+            confidence[masked],
+            rows[masked],
         )
         progress.step += 1
     else:
@@ -130,16 +126,36 @@ def denoise(generation: Generation, progress: Progress, logits: Tensor) -> int:
         progress.settled = revised == 0
     new = [j for j, place in enumerate(places) if canvas[place] != before[place]]
     if settings.logprobs is not None:
-        _note_logprobs(generation, progress, [places[j] for j in new], logits[new])
+        _note_logprobs(generation, progress, [places[j] for j in new], rows[new])
     return revised
 
 
-def _fill_in_order(generation: Generation, progress: Progress, places: list[int], logits: Tensor) -> None:
+def _chosen_tokens(generation: Generation, progress: Progress, places: list[int], rows: Rows) -> list[int]:
+    """A token for each of these places."""
+    settings, canvas, mask = generation.settings, generation.canvas, generation.traits.mask_token_id
+    history = [*generation.final, *(token for token in canvas if token != mask)]
+    if settings.temperature == 0 and not settings.has_penalty and not progress.banned:
+        return best_tokens(rows, generation, history)
+    scores = adjusted(rows.logits, generation, history)
+    if settings.has_penalty:
+        for j, place in enumerate(places):
+            if canvas[place] != mask:
+                # what stands at a place is no repetition of itself
+                others = [t for i, t in enumerate(canvas) if i != place and t != mask]
+                scores[j : j + 1] = adjusted(rows.logits[j : j + 1], generation, [*generation.final, *others])
+    if progress.banned:
+        scores[:, list(progress.banned)] = float("-inf")
+    if settings.temperature == 0:
+        return scores.argmax(dim=-1).tolist()
+    return pick(truncated_distribution(scores, settings), uniform(generation, len(places))).tolist()
+
+
+def _fill_in_order(generation: Generation, progress: Progress, places: list[int], rows: Rows) -> None:
     """Under a constraint a block fills from the left: what may stand at a place hangs on all that stands before it."""
     given = generation.settings.threshold
     history = [*generation.final, *generation.canvas[: places[0]]]
     tokens, sure = fill_from_left(
-        logits,
+        rows.logits,
         generation,
         history,
         DEFAULT_THRESHOLD if given is None else given,
@@ -149,13 +165,13 @@ def _fill_in_order(generation: Generation, progress: Progress, places: list[int]
     for place, token, confidence in zip(filled, tokens, sure, strict=True):
         generation.canvas[place] = token
         progress.confidence[place] = confidence
-    _note_logprobs(generation, progress, filled, logits)
+    _note_logprobs(generation, progress, filled, rows)
     progress.step += 1
 
 
-def _note_logprobs(generation: Generation, progress: Progress, places: list[int], logits: Tensor) -> None:
+def _note_logprobs(generation: Generation, progress: Progress, places: list[int], rows: Rows) -> None:
     tokens = [generation.canvas[place] for place in places]
-    progress.logprobs.update(zip(places, token_logprobs(tokens, logits, generation), strict=False))
+    progress.logprobs.update(zip(places, token_logprobs(tokens, rows, generation), strict=False))
 
 
 def _logprobs_of(generation: Generation, progress: Progress, tokens: Sequence[int]) -> tuple[TokenLogprob, ...]:
@@ -169,14 +185,14 @@ def _fill(
     generation: Generation,
     progress: Progress,
     places: list[int],
-    tokens: Tensor,
+    tokens: list[int],
     confidence: Tensor,
-    probabilities: Tensor,
+    rows: Rows,
 ) -> None:
     settings = generation.settings
     candidates = Candidates(
         confidence=confidence,
-        probabilities=probabilities,
+        scores=rows.logits.float,
         quota=quota(progress.num_masked, progress.num_steps, progress.step),
         threshold=DEFAULT_THRESHOLD if settings.threshold is None else settings.threshold,
         entropy_bound=DEFAULT_ENTROPY_BOUND if settings.entropy_bound is None else settings.entropy_bound,
@@ -186,17 +202,19 @@ def _fill(
     chosen = torch.ones(len(places), dtype=torch.bool) if is_last else POLICIES[settings.unmasking](candidates)
     if generation.traits.first_is_exact and places[0] == 0:
         chosen[0] = True
-    for place, token, sure, take in zip(places, tokens.tolist(), confidence.tolist(), chosen.tolist(), strict=True):
+    for place, token, sure, take in zip(places, tokens, confidence.tolist(), chosen.tolist(), strict=True):
         if take:
             generation.canvas[place] = token
             progress.confidence[place] = sure
 
 
-def _revise(generation: Generation, progress: Progress, places: list[int], tokens: Tensor, confidence: Tensor) -> int:
+def _revise(
+    generation: Generation, progress: Progress, places: list[int], tokens: list[int], confidence: Tensor
+) -> int:
     bound = torch.tensor(generation.settings.editing_threshold, dtype=confidence.dtype, device=confidence.device)
     sure_enough = (confidence >= bound).tolist()
     num_revised = 0
-    for place, token, sure, take in zip(places, tokens.tolist(), confidence.tolist(), sure_enough, strict=True):
+    for place, token, sure, take in zip(places, tokens, confidence.tolist(), sure_enough, strict=True):
         if take and token != generation.canvas[place]:
             generation.canvas[place] = token
             progress.confidence[place] = sure
@@ -229,13 +247,12 @@ class BlockDiffusion(OneByOne):
     def absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Outcome:
         if g.state is None:
             anchor = next_token(predictions.after, g)
-            if not g.traits.first_is_exact:
-                self._start_block(g, length_of_block(g) - 1, anchor)
-            return Outcome(
-                committed=(anchor,),
-                kept=len(step.tokens),
-                logprobs=token_logprobs((anchor,), predictions.after, g),
-            )
+            # where the first place is exact, blocks start in `plan_one`
+            given = () if g.traits.first_is_exact else self._start_block(g, length_of_block(g) - 1, anchor)
+            told = token_logprobs((anchor,), predictions.after, g)
+            if told:
+                told += tuple(TokenLogprob(token, 0.0) for token in given)
+            return Outcome(committed=(anchor, *given), kept=len(step.tokens), logprobs=told)
         progress: Progress = g.state
         if g.traits.first_is_exact:
             return _commit_lead(g, step, denoise(g, progress, predictions.after))
@@ -249,9 +266,10 @@ class BlockDiffusion(OneByOne):
         g.canvas, g.state = [], None
         return Outcome(committed=committed, probabilities=sure, logprobs=told, revised=revised)
 
-    def _start_block(self, g: Generation, num_places: int, *anchor: int) -> None:
+    def _start_block(self, g: Generation, num_places: int, *anchor: int) -> tuple[int, ...]:
+        """Lay out the canvas. Returns it where nothing of it is masked, so that there is nothing to denoise."""
         if num_places == 0:
-            return
+            return ()
         mask = g.traits.mask_token_id
         g.canvas = [mask] * num_places
         fixed = frozenset[int]()
@@ -263,11 +281,12 @@ class BlockDiffusion(OneByOne):
                 fixed = frozenset((place,))
         num_masked = g.canvas.count(mask)
         if num_masked == 0:
-            # a block of two whose only place is `</think>`: nothing to denoise; the next causal step takes it from there
-            g.canvas = []
-            return
+            # a block of two whose only place is `</think>`
+            given, g.canvas = tuple(g.canvas), []
+            return given
         num_steps = g.settings.max_denoising_steps or length_of_block(g)
         g.state = Progress(num_masked=num_masked, num_steps=num_steps, fixed=fixed)
+        return ()
 
     def num_scratch(self, settings: Settings, traits: Traits) -> int:
         return settings.block_length or traits.block_length
@@ -282,7 +301,8 @@ def _exact_step(g: Generation) -> Step:
     mask = g.traits.mask_token_id
     places = places_asked(g, g.state)
     after = tuple(len(known) - 1 + place for place in places)
-    kind = "prefill" if g.cached < len(g.prompt) else "denoise"
+    # with revision nothing is cached before its block is full: later passes read the prompt again, and are no prefill
+    kind = "prefill" if g.cached < len(g.prompt) and g.state.step == 0 else "denoise"
     if mask not in g.canvas:
         return Step(kind="revise", tokens=known + tuple(g.canvas), view=Causal(), after=after)
     # a mask at the end would only predict what lies beyond the block

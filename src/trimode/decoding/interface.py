@@ -17,12 +17,14 @@ from trimode.decoding.settings import Settings
 from trimode.model.views import View
 
 __all__ = [
+    "Choice",
     "Constraint",
     "Decoder",
     "Generation",
     "OneByOne",
     "Outcome",
     "Predictions",
+    "Rows",
     "Step",
     "Tally",
     "TokenLogprob",
@@ -68,13 +70,40 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Predictions:
-    """Logits for what a step asked, in its order, in the model's dtype."""
+class Rows:
+    """Logits of some inputs, and what the engine found beside them, so that nobody needs to go over a whole vocabulary again."""
 
-    after: Tensor
-    """[len(step.after), V]"""
-    at: Tensor
-    """[len(step.at), V]"""
+    logits: Tensor
+    """[n, V] in the model's dtype"""
+    best: tuple[int, ...] | None = None
+    """The arg-max of each row, the mask token left out."""
+    logsumexp: Tensor | None = None
+    """[n] float32"""
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    def __getitem__(self, which: slice | list[int]) -> "Rows":
+        best = self.best
+        if best is not None:
+            best = best[which] if isinstance(which, slice) else tuple(best[i] for i in which)
+        return Rows(self.logits[which], best, None if self.logsumexp is None else self.logsumexp[which])
+
+    def probabilities(self, tokens: Sequence[int]) -> Tensor:
+        """[n] of one token a row, under the untempered distribution with the mask in it, in the model's dtype."""
+        chosen = self.logits.gather(-1, torch.tensor(tokens, device=self.logits.device)[:, None])[:, 0].float()
+        total = self.logits.float().logsumexp(dim=-1) if self.logsumexp is None else self.logsumexp
+        return (chosen - total).exp().to(self.logits.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """What the model says of what a step asked, in its order."""
+
+    after: Rows
+    """len(step.after) rows"""
+    at: Rows
+    """len(step.at) rows"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +158,18 @@ class Tally:
     """Steps by kind."""
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What `auto` chose for a round."""
+
+    kind: str
+    """ar, linear or quadratic."""
+    block_length: int = 1
+
+    def __str__(self) -> str:
+        return self.kind if self.kind == "ar" else f"{self.kind} {self.block_length}"
+
+
 @dataclass(slots=True, eq=False)
 class Generation:
     """One prompt on its way to an answer. The loop owns `final`, `cached` and `finish_reason`; its decoder owns `canvas` and
@@ -153,6 +194,10 @@ class Generation:
     finish_reason: str | None = None
     state: Any = None
     """Whatever the decoder must remember between steps."""
+    choice: Choice | None = None
+    """What `auto` does now; None in every other mode."""
+    choices: dict[str, int] = field(default_factory=dict)
+    """Rounds by what `auto` chose for them."""
     tally: Tally = field(default_factory=Tally)
 
     def __post_init__(self) -> None:

@@ -10,11 +10,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from trimode.decoding.interface import Generation, TokenLogprob
+from trimode.decoding.interface import Generation, Rows, TokenLogprob
 from trimode.decoding.settings import Settings
 
 __all__ = [
     "adjusted",
+    "best_tokens",
     "draft_tokens",
     "fill_from_left",
     "next_token",
@@ -55,6 +56,14 @@ def adjusted(
     return out
 
 
+def best_tokens(rows: Rows, generation: Generation, history: Sequence[int] | None = None) -> list[int]:
+    """The arg-max of each row's adjusted logits."""
+    settings = generation.settings
+    if rows.best is not None and not settings.has_penalty and not settings.logit_bias:
+        return list(rows.best)
+    return adjusted(rows.logits, generation, history).argmax(dim=-1).tolist()
+
+
 def scores_after(logits: Float[Tensor, "1 V"], generation: Generation, history: Sequence[int]) -> Float[Tensor, "1 V"]:
     """Adjusted logits of the place behind this very history, without what the request's constraint forbids there."""
     scores = adjusted(logits, generation, history)
@@ -64,14 +73,12 @@ def scores_after(logits: Float[Tensor, "1 V"], generation: Generation, history: 
     return scores
 
 
-def token_logprobs(
-    tokens: Sequence[int], logits: Float[Tensor, "T V"], generation: Generation
-) -> tuple[TokenLogprob, ...]:
+def token_logprobs(tokens: Sequence[int], rows: Rows, generation: Generation) -> tuple[TokenLogprob, ...]:
     """Each token's log-probability by its row of logits as the model gave them; nothing if the request does not ask."""
     num_best = generation.settings.logprobs
     if num_best is None:
         return ()
-    logprobs = logits[: len(tokens)].float().log_softmax(dim=-1)
+    logprobs = rows.logits[: len(tokens)].float().log_softmax(dim=-1)
     values, ids = logprobs.topk(num_best, dim=-1)
     return tuple(
         TokenLogprob(token, float(row[token]), tuple(zip(best_ids, best, strict=True)))
@@ -126,30 +133,31 @@ def forced_token(generation: Generation, history: Sequence[int]) -> int | None:
     return None if token in history[len(generation.prompt) :] else token
 
 
-def next_token(logits: Float[Tensor, "1 V"], generation: Generation) -> int:
-    """The autoregressive choice after everything final."""
-    return _choose(logits, generation, generation.final)
+def next_token(row: Rows, generation: Generation) -> int:
+    """The autoregressive choice after everything final, from one row."""
+    return _choose(row, generation, generation.final)
 
 
-def _choose(logits: Tensor, generation: Generation, history: Sequence[int]) -> int:
+def _choose(row: Rows, generation: Generation, history: Sequence[int]) -> int:
     forced = forced_token(generation, history)
     if forced is not None:
         return forced
-    scores = scores_after(logits, generation, history)
+    if generation.settings.temperature == 0 and generation.constraint is None:
+        return best_tokens(row, generation, history)[0]
+    scores = scores_after(row.logits, generation, history)
     if generation.settings.temperature == 0:
         return int(scores.argmax(dim=-1))
     return int(pick(truncated_distribution(scores, generation.settings), uniform(generation)))
 
 
-def draft_tokens(logits: Float[Tensor, "T V"], generation: Generation, *before: int) -> tuple[list[int], Tensor | None]:
+def draft_tokens(rows: Rows, generation: Generation, *before: int) -> tuple[list[int], Tensor | None]:
     """Tentative tokens for masked places, and the distributions that they were drawn from: None if they are arg-maxima.
     `before`: tokens that become final in this step and precede the places."""
     if generation.constraint is not None:
-        return _draft_in_order(logits, generation, [*generation.final, *before])
-    scores = adjusted(logits, generation)
+        return _draft_in_order(rows.logits, generation, [*generation.final, *before])
     if generation.settings.temperature == 0:
-        return scores.argmax(dim=-1).tolist(), None
-    q = truncated_distribution(scores, generation.settings)
+        return best_tokens(rows, generation), None
+    q = truncated_distribution(adjusted(rows.logits, generation), generation.settings)
     return pick(q, uniform(generation, len(q))).tolist(), q
 
 
@@ -197,11 +205,11 @@ def fill_from_left(
 def verify(
     drafts: Sequence[int],
     q: Float[Tensor, "T V"] | None,
-    logits: Float[Tensor, "T1 V"],
+    rows: Rows,
     generation: Generation,
 ) -> list[int]:
     """The tokens that follow `generation.final`: the accepted run of drafts and one more, distributed exactly as if each had been
-    drawn from the causal logits one by one. Row i of `logits` predicts drafts[i]; the last row follows all of them.
+    drawn from the causal logits one by one. Row i predicts drafts[i]; the last row follows all of them.
 
     Greedy: a draft is accepted if it is the arg-max. Sampled (arXiv 2211.17192): draft x is accepted with probability
     min(1, p(x) / q(x)), else a token is drawn from the positive part of p - q. Without `q` a draft counts as certain (q = 1 at x):
@@ -214,7 +222,7 @@ def verify(
         generation.constraint is None and not settings.has_penalty and settings.max_thinking_tokens is None
     )
     if settings.temperature == 0 and rows_stand_alone:
-        best = adjusted(logits, generation).argmax(dim=-1).tolist()
+        best = best_tokens(rows, generation)
         num = 0
         while num < len(drafts) and drafts[num] == best[num]:
             num += 1
@@ -222,9 +230,9 @@ def verify(
     for i in range(len(drafts) + 1):
         draft = drafts[i] if i < len(drafts) else None
         if settings.temperature == 0 or draft is None or forced_token(generation, history) is not None:
-            token = _choose(logits[i : i + 1], generation, history)
+            token = _choose(rows[i : i + 1], generation, history)
         else:
-            p = truncated_distribution(scores_after(logits[i : i + 1], generation, history), settings)[0]
+            p = truncated_distribution(scores_after(rows.logits[i : i + 1], generation, history), settings)[0]
             token = _accept_or_redraw(draft, p, None if q is None else q[i], generation)
         history.append(token)
         if token != draft:

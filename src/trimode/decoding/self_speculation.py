@@ -11,13 +11,21 @@ from torch import Tensor
 
 from trimode.decoding.autoregressive import causal_step
 from trimode.decoding.block_diffusion import LONGEST_MIXED_PREFILL, block_step, length_of_block
-from trimode.decoding.interface import Generation, OneByOne, Outcome, Predictions, Step, Traits
-from trimode.decoding.sampling import adjusted, draft_tokens, fill_from_left, next_token, token_logprobs, verify
+from trimode.decoding.interface import Generation, OneByOne, Outcome, Predictions, Rows, Step, Traits
+from trimode.decoding.sampling import (
+    adjusted,
+    best_tokens,
+    draft_tokens,
+    fill_from_left,
+    next_token,
+    token_logprobs,
+    verify,
+)
 from trimode.decoding.settings import Settings
 from trimode.decoding.unmasking import POLICIES, Candidates
 from trimode.model.views import BlockOverCausal, Causal, VerifyAndPredraft
 
-__all__ = ["LinearSelfSpeculation", "QuadraticSelfSpeculation"]
+__all__ = ["Draft", "LinearSelfSpeculation", "QuadraticSelfSpeculation"]
 
 
 @dataclass(slots=True)
@@ -74,19 +82,19 @@ class LinearSelfSpeculation(OneByOne):
         return settings.block_length or traits.block_length
 
 
-def _one_token(g: Generation, logits: Tensor, kept: int) -> Outcome:
+def _one_token(g: Generation, row: Rows, kept: int) -> Outcome:
     """A step that ends with one token of the causal view, unless it is a draft's too."""
-    token = next_token(logits, g)
-    return Outcome(committed=(token,), kept=kept, logprobs=token_logprobs((token,), logits, g))
+    token = next_token(row, g)
+    return Outcome(committed=(token,), kept=kept, logprobs=token_logprobs((token,), row, g))
 
 
-def _verified(g: Generation, committed: list[int], logits: Tensor) -> Outcome:
+def _verified(g: Generation, committed: list[int], rows: Rows) -> Outcome:
     """What a verification made final: the drafts that it accepted and one more."""
     return Outcome(
         committed=tuple(committed),
         kept=len(committed),
         accepted=len(committed) - 1,
-        logprobs=token_logprobs(committed, logits, g),
+        logprobs=token_logprobs(committed, rows, g),
     )
 
 
@@ -104,34 +112,33 @@ def _draft_after(g: Generation, num_masks: int) -> Step:
     )
 
 
-def _fill_draft(g: Generation, draft: Draft, logits: Tensor, *before: int) -> None:
-    """Draft from the logits of the masked places; `before`: tokens that become final in this step and precede the canvas."""
+def _fill_draft(g: Generation, draft: Draft, rows: Rows, *before: int) -> None:
+    """Draft from the rows of the masked places; `before`: tokens that become final in this step and precede the canvas."""
     mask = g.traits.mask_token_id
     places = [i for i, token in enumerate(g.canvas) if token == mask]
     threshold = g.settings.threshold or 0.0
     if threshold == 0.0:
-        tokens, draft.q = draft_tokens(logits, g, *before)
+        tokens, draft.q = draft_tokens(rows, g, *before)
         g.canvas = tokens
         return
     if g.constraint is not None:
-        lead, _ = fill_from_left(logits, g, [*g.final, *before, *g.canvas[: places[0]]], threshold)
+        lead, _ = fill_from_left(rows.logits, g, [*g.final, *before, *g.canvas[: places[0]]], threshold)
         g.canvas[places[0] : places[0] + len(lead)] = lead
         return
     # Several passes. Which places commit depends on the tokens drawn, so no q describes them: draft greedily and let the
     # verification treat each draft as certain, which is exact whatever the drafts are.
     known = [token for token in g.canvas if token != mask]
-    scores = adjusted(logits, g, [*g.final, *before, *known])
-    best = scores.argmax(dim=-1)
-    probabilities = logits.float().softmax(dim=-1)
+    history = [*g.final, *before, *known]
+    best = best_tokens(rows, g, history)
     candidates = Candidates(
-        confidence=probabilities.gather(-1, best[:, None])[:, 0].to(logits.dtype),
-        probabilities=scores.softmax(dim=-1),
+        confidence=rows.probabilities(best),
+        scores=lambda: adjusted(rows.logits, g, history),
         quota=1,
         threshold=threshold,
         entropy_bound=0.0,
         random=g.random,
     )
-    for place, token, take in zip(places, best.tolist(), POLICIES["threshold"](candidates).tolist(), strict=True):
+    for place, token, take in zip(places, best, POLICIES["threshold"](candidates).tolist(), strict=True):
         if take:
             g.canvas[place] = token
 
@@ -191,8 +198,8 @@ class QuadraticSelfSpeculation(OneByOne):
         self._set_draft(g, drafts[num_accepted * per_group : (num_accepted + 1) * per_group], outcome.committed)
         return outcome
 
-    def _set_draft(self, g: Generation, logits: Tensor, before: tuple[int, ...]) -> None:
-        tokens, q = draft_tokens(logits, g, *before)
+    def _set_draft(self, g: Generation, rows: Rows, before: tuple[int, ...]) -> None:
+        tokens, q = draft_tokens(rows, g, *before)
         g.canvas, g.state = tokens, Draft(q=q)
 
     def num_scratch(self, settings: Settings, traits: Traits) -> int:

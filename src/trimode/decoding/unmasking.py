@@ -19,8 +19,8 @@ class Candidates:
 
     confidence: Float[Tensor, " M"]
     """Probability of the chosen token under the untempered distribution, in the model's dtype as the reference has it."""
-    probabilities: Float[Tensor, "M V"]
-    """Of the tokens that may be chosen (the mask excluded, bias and penalty applied), float32."""
+    scores: Callable[[], Float[Tensor, "M V"]]
+    """Logits in float32, made when a policy looks at them; most do not."""
     quota: int
     """How many positions an even schedule commits in this step."""
     threshold: float
@@ -28,6 +28,11 @@ class Candidates:
     entropy_bound: float
     """Nats that jointly committed positions may hold."""
     random: torch.Generator
+
+    @property
+    def probabilities(self) -> Float[Tensor, "M V"]:
+        """Of every token."""
+        return self.scores().softmax(dim=-1)
 
     @property
     def margin(self) -> Float[Tensor, " M"]:

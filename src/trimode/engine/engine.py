@@ -16,13 +16,13 @@ import numpy as np
 
 from trimode.decoding.generate import Observer, absorb_predictions, apply, check_step, plan_steps
 from trimode.decoding.interface import Generation, Predictions, Step
+from trimode.decoding.trace import traced
 from trimode.engine.answer import Answer
 from trimode.engine.language_model import LanguageModel, num_positions
 from trimode.engine.pages import Extent, Extents, Prefixes, num_common
 from trimode.engine.request import StreamEvent
 from trimode.engine.scheduler import FairQueue, Pace, num_ahead, piece_of, without_leading
 from trimode.errors import ContextLengthError
-from trimode.model.cache import KeyValueCache
 from trimode.model.views import Causal
 
 __all__ = ["Engine", "EngineLimits", "Entry", "Listener", "Snapshot"]
@@ -121,12 +121,13 @@ class Engine:
         num = 1 << (self.limits.cache_positions - 1).bit_length()
         self._extents = Extents(num, smallest=min(num, 64))
         self._prefixes = Prefixes()
-        self._cache = KeyValueCache(model.config, [num], dtype=model.dtype, device=model.device)
+        self._cache = model.forward.make_cache([num])
         # slots are names of extents: they hold nothing until they are placed
         self._cache.starts = [0] * self.limits.max_running
         self._cache.lengths = [0] * self.limits.max_running
         self._slots = list(range(self.limits.max_running))
         self._runner = model.make_runner(self._cache)
+        self._run = traced(self._runner, observe)
         self._queue: FairQueue[Entry] = FairQueue(self.limits.max_waiting)
         self._running: list[Entry] = []
         self._preempted: list[Entry] = []
@@ -199,7 +200,7 @@ class Engine:
             return False
         start = time.perf_counter()
         try:
-            predictions = self._runner([w.entry.generation for w in work], [w.step for w in work])
+            predictions = self._run([w.entry.generation for w in work], [w.step for w in work])
             self._num_forwards += 1
             self._absorb(work, predictions)
             self._note_pace(work, time.perf_counter() - start)

@@ -3,23 +3,25 @@
 Each call runs the reference loop over a batch of its own, with a cache allocated for just that batch.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from trimode.checkpoint import open_checkpoint, save_checkpoint
+from trimode.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
+from trimode.checkpoint.packing import packed_weights
 from trimode.decoding.autoregressive import Autoregressive
 from trimode.decoding.block_diffusion import BlockDiffusion, Infill
 from trimode.decoding.generate import Observer, run_to_end
 from trimode.decoding.interface import Constraint, Decoder, Generation, Traits
 from trimode.decoding.self_speculation import LinearSelfSpeculation, QuadraticSelfSpeculation
 from trimode.decoding.settings import Settings, check_for_mode, check_with_constraint, parse_settings
-from trimode.device import pick_device, pick_dtype, set_threads
+from trimode.decoding.trace import traced
+from trimode.device import check_memory, pick_device, pick_dtype, set_threads
 from trimode.engine.answer import Answer, AnswerText
 from trimode.engine.prompts import check_ids, encode_prompt, is_batch
 from trimode.engine.request import Generated, Infilled, Request, Stats, StreamEvent
@@ -32,10 +34,12 @@ from trimode.errors import (
     SettingError,
     TrimodeError,
 )
-from trimode.model.attention import KernelName, SelfAttention
-from trimode.model.cache import KeyValueCache
+from trimode.model import native
+from trimode.model.attention import KernelName, Span
 from trimode.model.config import ModelConfig
+from trimode.model.forward import Cache, Forward, Inputs, Scores, TorchForward
 from trimode.model.lora import Lora
+from trimode.model.native import NativeForward, Precision
 from trimode.model.transformer import Transformer
 from trimode.model.views import BlockOverCausal, Causal
 from trimode.text.grammar import Grammar, GrammarKind, Grammars
@@ -43,7 +47,10 @@ from trimode.text.tokenizer import Tokenizer
 
 __all__ = ["LanguageModel", "load", "num_positions"]
 
+Backend = Literal["auto", "native", "torch"]
+
 DEFAULT_SPAN_LENGTH = 16
+_NATIVE_DTYPES: dict[torch.dtype, Precision] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _NOT_FOR_INFILL = {
     "mode",
     "logprobs",
@@ -66,18 +73,21 @@ def load(
     device: str | torch.device | None = None,
     threads: int | None = None,
     quantize: str | None = None,
-    attention: KernelName = "sdpa",
+    attention: KernelName | None = None,
+    backend: Backend = "auto",
 ) -> "LanguageModel":
     """Load a preset, a Hugging Face directory, a GGUF file or a hub id (`owner/name` or `owner/name@revision`).
 
     dtype: "float32", "bfloat16" or "float16"; None takes the checkpoint's own, float32 for quantised GGUF files.
-    threads: of PyTorch's CPU kernels, for the whole process. Raises CheckpointError or SettingError in one line.
+    quantize: "int8", or "none"; None is "int8" on the CPU unless a dtype is given or the checkpoint is in float32.
+    threads: of the forwards on the CPU. attention: PyTorch's kernel, for backend "torch".
+    backend: "native" (C++, on the CPU), "torch", or "auto": native where it runs. Raises CheckpointError or SettingError in one line.
     """
-    if quantize is not None:
-        raise SettingError(
-            f"quantize={quantize!r} is not available yet. Leave it out; dtype='bfloat16' halves the memory."
-        )
-    if attention not in ("plain", "sdpa", "flex"):
+    if backend not in get_args(Backend):
+        raise SettingError(f"backend must be one of {', '.join(get_args(Backend))}; got {backend!r}.")
+    if quantize not in (None, "none", "int8"):
+        raise SettingError(f"quantize must be 'int8' or 'none'; got {quantize!r}.")
+    if attention is not None and attention not in get_args(KernelName):
         raise SettingError(f"attention must be one of plain, sdpa, flex; got {attention!r}.")
     if not isinstance(name, str | Path):
         raise SettingError(f"load takes a preset, a path or a hub id; got {name!r}.")
@@ -85,15 +95,60 @@ def load(
     target = pick_device(device)
     checkpoint = open_checkpoint(name)
     wanted = pick_dtype(dtype, checkpoint.stored_dtype)
-    transformer = Transformer(checkpoint.config, dtype=wanted)
-    transformer.load(checkpoint.tensors(dtype=wanted, device=target), pack=target.type == "cpu")
-    tokenizer = checkpoint.tokenizer()
+    use_native = _use_native(backend, target, wanted, dtype, attention)
+    if quantize == "int8":
+        if dtype is not None:
+            raise SettingError(f"quantize='int8' and dtype={dtype!r} contradict one another. Leave one of them out.")
+        if not use_native:
+            raise SettingError(
+                f"quantize='int8' needs the native engine, which does not run here: {_why_not_native(target)}"
+            )
+    is_int8 = use_native and dtype is None and quantize != "none" and checkpoint.stored_dtype != "float32"
+    if target.type == "cpu":
+        # else the system ends the process without a word, minutes later
+        check_memory(
+            str(name), checkpoint.config.num_parameters * (1 if is_int8 or quantize == "int8" else wanted.itemsize)
+        )
     lora = checkpoint.adapter()
-    if lora is not None and target.type != "cpu":
-        lora = lora.to(target)
-    return LanguageModel(
-        str(name), transformer.eval(), tokenizer, adapter=lora, dtype=wanted, device=target, attention=attention
-    )
+    if use_native:
+        precision: Precision = "int8" if quantize == "int8" or is_int8 else _NATIVE_DTYPES[wanted]
+        engine = NativeForward(checkpoint.config, precision=precision, threads=threads)
+        engine.load(packed_weights(checkpoint, precision))
+        if lora is not None:
+            engine.set_adapter(lora)
+        forward: Forward = engine
+    else:
+        transformer = Transformer(checkpoint.config, dtype=wanted)
+        transformer.load(checkpoint.tensors(dtype=wanted, device=target), pack=target.type == "cpu")
+        lora = lora if lora is None else lora.to(target)
+        forward = TorchForward(transformer.eval(), lora=lora, kernel=attention or "sdpa", dtype=wanted, device=target)
+    return LanguageModel(str(name), forward, checkpoint.tokenizer(), adapter=lora, checkpoint=checkpoint)
+
+
+def _use_native(
+    backend: Backend, device: torch.device, wanted: torch.dtype, dtype: Any, attention: KernelName | None
+) -> bool:
+    if backend == "torch":
+        return False
+    if backend == "auto":
+        return device.type == "cpu" and native.available() and attention is None and wanted in _NATIVE_DTYPES
+    if attention is not None:
+        raise SettingError(
+            "attention chooses a kernel of PyTorch; it has no effect with backend='native'. Leave it out."
+        )
+    if device.type != "cpu" or not native.available():
+        raise SettingError(f"backend='native' does not run here: {_why_not_native(device)}")
+    if dtype is not None and wanted not in _NATIVE_DTYPES:
+        raise SettingError(f"backend='native' runs float32, bfloat16 and int8; got dtype={dtype!r}.")
+    return True
+
+
+def _why_not_native(device: torch.device) -> str:
+    if device.type != "cpu":
+        return f"it runs on the CPU, not on {device.type}."
+    if not native.available():
+        return native.WHY_MISSING
+    return "attention= or backend='torch' asks for PyTorch."
 
 
 class LanguageModel:
@@ -102,22 +157,26 @@ class LanguageModel:
     def __init__(
         self,
         name: str,
-        transformer: Transformer,
+        forward: Forward | Transformer,
         tokenizer: Tokenizer | None = None,
         *,
         adapter: Lora | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
         attention: KernelName = "sdpa",
+        checkpoint: Checkpoint | None = None,
     ) -> None:
+        """forward: what runs the model; a bare `Transformer` runs through PyTorch. checkpoint: where it came from, for `save`."""
         self.name = name
-        self.transformer = transformer
-        self.config: ModelConfig = transformer.config
+        if isinstance(forward, Transformer):
+            weight = forward.embedding.weight
+            self.forward: Forward = TorchForward(
+                forward, lora=adapter, kernel=attention, dtype=weight.dtype, device=weight.device
+            )
+        else:
+            self.forward = forward
+        self.config: ModelConfig = self.forward.config
         self.tokenizer = tokenizer
         self.adapter = adapter
-        self.dtype = dtype
-        self.device = torch.device(device)
-        self._attention: KernelName = attention
+        self._checkpoint = checkpoint
         self._grammars: Grammars | None = None
         self._grammars_lock = Lock()
         self._decoders: dict[str, Decoder] = {
@@ -127,6 +186,30 @@ class LanguageModel:
             "quadratic": QuadraticSelfSpeculation(),
             "infill": Infill(),
         }
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What logits come in."""
+        return self.forward.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where forwards run."""
+        return self.forward.device
+
+    @property
+    def precision(self) -> str:
+        """What the weights are held in: "float32", "bfloat16", "float16" or "int8"."""
+        return self.forward.precision
+
+    @property
+    def transformer(self) -> Transformer:
+        """The PyTorch model, where that is what runs."""
+        if not isinstance(self.forward, TorchForward):
+            raise SettingError(
+                f"{self.name} runs in the native engine and has no transformer. Load it with backend='torch'."
+            )
+        return self.forward.transformer
 
     @property
     def num_parameters(self) -> int:
@@ -201,21 +284,21 @@ class LanguageModel:
         generations = sorted((a.generation for a in answers), key=num_positions)
         of = {id(a.generation): a for a in answers}
         lengths = _slot_lengths([num_positions(g) for g in generations])
-        cache = KeyValueCache(self.config, lengths, dtype=self.dtype, device=self.device)
+        cache = self.forward.make_cache(lengths)
         runner = self.make_runner(cache)
         runner.seat(generations)
 
         def is_stopped(g: Generation, token: int) -> bool:
             return of[id(g)].text.push(token)
 
-        for _ in run_to_end(generations, runner, observe=observe, is_stopped=is_stopped):
+        for _ in run_to_end(generations, traced(runner, observe), observe=observe, is_stopped=is_stopped):
             for answer in answers:
                 answer.look()
             yield
 
-    def make_runner(self, cache: KeyValueCache) -> Runner:
+    def make_runner(self, cache: Cache) -> Runner:
         """What runs this model's forwards over a cache."""
-        return Runner(self.transformer, cache, lora=self.adapter, kernel=self._attention)
+        return Runner(self.forward, cache)
 
     def finish_event(self, answer: Answer) -> StreamEvent:
         """The last event of a stream."""
@@ -545,12 +628,12 @@ class LanguageModel:
             raise ContextLengthError(
                 f"The text has {len(ids):,} tokens; the context holds {self.config.max_positions:,}."
             )
-        hidden = self._hidden(ids, Causal())
+        scores = self._scores(ids, Causal())
         total = 0.0
         for start in range(0, len(ids) - 1, _SCORE_ROWS):
             stop = min(start + _SCORE_ROWS, len(ids) - 1)
-            logprobs = self.transformer.logits(hidden[start:stop]).float().log_softmax(dim=-1)
-            targets = torch.tensor(ids[start + 1 : stop + 1], device=self.device)
+            logprobs = scores.logits(start, stop).float().log_softmax(dim=-1)
+            targets = torch.tensor(ids[start + 1 : stop + 1], device=logprobs.device)
             total += float(logprobs.gather(-1, targets[:, None]).double().sum())
         return total
 
@@ -577,32 +660,36 @@ class LanguageModel:
             raise SettingError("prefix and draft_lora have no effect with view='causal'. Leave them out.")
         if isinstance(prefix, bool) or not isinstance(prefix, int) or not 0 <= prefix <= len(known):
             raise SettingError(f"prefix must be from 0 to the {len(known)} ids given; got {prefix}.")
-        rows = None
+        rows: list[int] = []
         if draft_lora:
             if self.adapter is None:
                 raise SettingError(f"draft_lora=True, but {self.name} has no draft adapter. Leave it out.")
             only_masks = self.config.adapter_acts_on == "masks"
             rows = [i for i in range(prefix, len(known)) if not only_masks or known[i] == self.config.mask_token_id]
-        hidden = self._hidden(known, Causal() if view == "causal" else BlockOverCausal(prefix), rows)
-        return self.transformer.logits(hidden).float().cpu()
+        scores = self._scores(known, Causal() if view == "causal" else BlockOverCausal(prefix), rows)
+        return scores.logits(0, len(known)).float().cpu().clone()  # a tensor like any other, not one of inference mode
 
-    def _hidden(self, ids: Sequence[int], view: Causal | BlockOverCausal, adapted: list[int] | None = None) -> Tensor:
-        attend = SelfAttention(view, 1, len(ids), self._attention, self.device)
-        return self.transformer(
-            torch.tensor(ids, device=self.device),
-            torch.arange(len(ids), device=self.device),
-            attend,
-            lora=None if adapted is None else self.adapter,
-            lora_rows=None if adapted is None else torch.tensor(adapted, dtype=torch.long, device=self.device),
-        )
+    def _scores(self, ids: Sequence[int], view: Causal | BlockOverCausal, adapted: Sequence[int] = ()) -> Scores:
+        """One forward over ids that asks about each of them."""
+        places = range(len(ids))
+        span = Span(start=0, length=len(ids), slot=0, cached=0, view=view)
+        inputs = Inputs(tokens=list(ids), positions=list(places), spans=[span], adapted=adapted, asked=list(places))
+        return self.forward(inputs, self.forward.make_cache([len(ids)]))
 
     def save(self, directory: str | Path) -> None:
         """Write a Hugging Face directory: config, safetensors, adapter and tokenizer. Refuses one that holds files."""
         if not isinstance(directory, str | Path) or "\0" in str(directory) or str(directory) == "":
             raise SettingError(f"save takes the path of a directory; got {directory!r}.")
-        save_checkpoint(directory, self.config, self.transformer.dense_tensors(), adapter=self.adapter)
+        save_checkpoint(directory, self.config, self._dense_tensors(), adapter=self.adapter)
         if self.tokenizer is not None:
             self.tokenizer.save(directory)
+
+    def _dense_tensors(self) -> Iterable[tuple[str, Tensor]]:
+        if isinstance(self.forward, TorchForward):
+            return self.forward.transformer.dense_tensors()
+        assert self._checkpoint is not None
+        # the numbers that it was loaded from, not those that the engine made of them
+        return self._checkpoint.tensors(dtype=pick_dtype(None, self._checkpoint.stored_dtype))
 
 
 def num_positions(g: Generation) -> int:

@@ -6,29 +6,21 @@ after it for checkpoints that were trained with a shift.
 
 from collections.abc import Sequence
 
-import torch
-
-from trimode.decoding.interface import Generation, Predictions, Step
-from trimode.model.attention import CachedAttention, KernelName, Span
-from trimode.model.cache import KeyValueCache
-from trimode.model.lora import Lora
-from trimode.model.transformer import Transformer
+from trimode.decoding.interface import Generation, Predictions, Rows, Step
+from trimode.model.attention import Span
+from trimode.model.forward import Cache, Forward, Inputs
 
 __all__ = ["Runner"]
 
 
 class Runner:
-    """One transformer and one cache; each generation has a slot of it."""
+    """One model and one cache; each generation has a slot of it."""
 
-    def __init__(
-        self, transformer: Transformer, cache: KeyValueCache, *, lora: Lora | None = None, kernel: KernelName = "sdpa"
-    ) -> None:
-        self._transformer = transformer
+    def __init__(self, forward: Forward, cache: Cache) -> None:
+        self._forward = forward
         self._cache = cache
-        self._lora = lora
-        self._kernel: KernelName = kernel
         self._slots: dict[int, int] = {}
-        self._shifted = transformer.config.block_predicts == "next"
+        self._shifted = forward.config.block_predicts == "next"
 
     def seat(self, generations: Sequence[Generation]) -> None:
         """Give each generation its slot of the cache."""
@@ -42,10 +34,8 @@ class Runner:
         """Forget a generation; its slot may go to another."""
         del self._slots[id(generation)]
 
-    @torch.inference_mode()
     def __call__(self, generations: Sequence[Generation], steps: Sequence[Step]) -> list[Predictions]:
         """One forward over all steps."""
-        device = self._transformer.embedding.weight.device
         spans: list[Span] = []
         tokens: list[int] = []
         positions: list[int] = []
@@ -59,27 +49,20 @@ class Runner:
             adapted.extend(start + i for i in step.adapted)
             asked.extend(start + i for i in step.after)
             asked.extend(start + self._row_at(step, i) for i in step.at)
-        attend = CachedAttention(spans, self._cache, self._kernel, device)
-        hidden = self._transformer(
-            torch.tensor(tokens, device=device),
-            torch.tensor(positions, device=device),
-            attend,
-            lora=self._lora,
-            lora_rows=torch.tensor(adapted, dtype=torch.long, device=device) if self._lora is not None else None,
-        )
-        logits = self._transformer.logits(hidden[torch.tensor(asked, dtype=torch.long, device=device)])
-        return _hand_out(logits, steps)
+        inputs = Inputs(tokens=tokens, positions=positions, spans=spans, adapted=adapted, asked=asked)
+        rows = Rows(*self._forward(inputs, self._cache).answers(0, len(asked)))
+        return _hand_out(rows, steps)
 
     def _row_at(self, step: Step, index: int) -> int:
         return step.view.predecessor(index) if self._shifted else index
 
 
-def _hand_out(logits: torch.Tensor, steps: Sequence[Step]) -> list[Predictions]:
+def _hand_out(rows: Rows, steps: Sequence[Step]) -> list[Predictions]:
     predictions = []
     start = 0
     for step in steps:
         middle = start + len(step.after)
         end = middle + len(step.at)
-        predictions.append(Predictions(after=logits[start:middle], at=logits[middle:end]))
+        predictions.append(Predictions(after=rows[start:middle], at=rows[middle:end]))
         start = end
     return predictions

@@ -306,23 +306,25 @@ class BlocksOverText:
         keys, values = self._clean.keys[layer], self._clean.values[layer]
         H, G, K = q.shape[1], k.shape[1], q.shape[2]
         outputs = []
-        row = 0
-        for text, hidden in zip(self._texts, self._hidden, strict=True):
+        # split and not slices: the gradient of a slice is a whole tensor of zeros with the slice in it
+        parts = zip(
+            *(x.split([len(text.anchors) * text.length for text in self._texts]) for x in (q, k, v)), strict=True
+        )
+        for text, hidden, (q, k, v) in zip(self._texts, self._hidden, parts, strict=True):
             n, m, S = len(text.anchors), text.length, hidden.shape[-1]
-            own = slice(row, row + n * m)
-            row += n * m
-            # [G, query heads of a group, n, m, K]
-            queries = q[own].view(n, m, G, H // G, K).permute(2, 3, 0, 1, 4) * K**-0.5
-            block_keys, block_values = (x[own].view(n, m, G, K).permute(2, 0, 1, 3)[:, None] for x in (k, v))
+            r = H // G
+            # the query heads of a group become more queries of a block, [G, n, r m, K]: every product below is a plain batch of them
+            queries = (q * K**-0.5).view(n, m, G, r, K).permute(2, 0, 3, 1, 4).reshape(G, n, r * m, K)
+            block_keys, block_values = (x.view(n, m, G, K).permute(2, 0, 1, 3) for x in (k, v))
             text_keys, text_values = (x[text.start : text.start + S].transpose(0, 1) for x in (keys, values))
-            over_text = (queries.reshape(G, -1, K) @ text_keys.mT).view(G, H // G, n, m, S)
+            over_text = (queries.view(G, -1, K) @ text_keys.mT).view(G, n, r * m, S)
             over_block = queries @ block_keys.mT
             if self._causal:
-                later = torch.ones(m, m, dtype=torch.bool, device=q.device).triu(1)
+                later = torch.ones(m, m, dtype=torch.bool, device=q.device).triu(1).repeat(r, 1)
                 over_block = over_block.masked_fill(later, float("-inf"))
             scores = torch.cat((over_text.masked_fill(hidden, float("-inf")), over_block), dim=-1)
-            weights = scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype)
-            out = (weights[..., :S].reshape(G, -1, S) @ text_values).view(G, H // G, n, m, K)
-            out = out + weights[..., S:] @ block_values
-            outputs.append(out.permute(2, 3, 0, 1, 4).reshape(n * m, H, K))
+            # sums inside are float32 in any dtype; asking for a float32 result costs as much again as all products
+            over_text, over_block = scores.softmax(dim=-1).split([S, m], dim=-1)
+            out = (over_text.reshape(G, -1, S) @ text_values).view(G, n, r * m, K) + over_block @ block_values
+            outputs.append(out.view(G, n, r, m, K).permute(1, 3, 0, 2, 4).reshape(n * m, H, K))
         return torch.cat(outputs)

@@ -7,8 +7,10 @@ before rounding to the activations' dtype. arXiv 2106.09685.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["ADAPTED_PARTS", "Lora"]
@@ -38,6 +40,21 @@ class Lora:
         together, Bs = self._prepared(layer, tuple(parts), x.dtype)
         low = iter((x.to(together.dtype) @ together.T).split([B.shape[1] for B in Bs if B is not None], dim=-1))
         return [y if B is None else _plus(y, next(low), B, self.scale) for y, B in zip(ys, Bs, strict=True)]
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether gradients are to reach the factors."""
+        return torch.is_grad_enabled() and next(A for A, _ in self.factors.values()).requires_grad
+
+    def product(
+        self, layer: int, parts: Sequence[str], x: Tensor, weight: Tensor, bias: Tensor | None, acts: Tensor | None
+    ) -> Tensor:
+        """x weight' + bias with what the adapter adds on the rows where `acts` [N, 1] is one (None: all), for training: the gradient goes
+        to x and to the factors, none to the weight. Without a copy of an output, unlike `add`."""
+        A, Bs = self._prepared(layer, tuple(parts), x.dtype)
+        y = _AdaptedProduct.apply(x, weight, bias, acts, self.scale, A, *Bs)
+        assert isinstance(y, Tensor)
+        return y
 
     def _prepared(self, layer: int, parts: tuple[str, ...], dtype: torch.dtype) -> tuple[Tensor, list[Tensor | None]]:
         key = (layer, parts, dtype)
@@ -71,6 +88,53 @@ class Lora:
             factors=factors,
             mask_embedding=None if self.mask_embedding is None else self.mask_embedding.to(device),
         )
+
+
+class _AdaptedProduct(torch.autograd.Function):
+    """The linear maps of `parts` lie under one another in `weight`, in equal order; Bs holds None where one of them has no adapter."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        acts: Tensor | None,
+        scale: float,
+        A: Tensor,
+        *Bs: Tensor,
+    ) -> Tensor:
+        y = F.linear(x, weight, bias)
+        low = x @ A.T
+        if acts is not None:
+            low *= acts
+        for own, inner, B in _corners(Bs):
+            y[:, own].addmm_(low[:, inner], B.T, alpha=scale)
+        ctx.save_for_backward(x, weight, acts, A, low, *Bs)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,) = grads
+        x, weight, acts, A, low, *Bs = ctx.saved_tensors
+        grad_low = torch.empty_like(low)
+        grad_Bs = []
+        for own, inner, B in _corners(Bs):
+            torch.mm(grad[:, own], B, out=grad_low[:, inner])
+            grad_Bs.append(torch.mm(grad[:, own].T, low[:, inner]).mul_(ctx.scale))
+        grad_low *= ctx.scale if acts is None else acts * ctx.scale
+        grad_x = torch.addmm(grad @ weight, grad_low, A) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, None, None, grad_low.T @ x, *grad_Bs
+
+
+def _corners(Bs: Sequence[Tensor]) -> Iterable[tuple[slice, slice, Tensor]]:
+    """Each B with the outputs that are its own and the columns of the low product that feed it."""
+    row = column = 0
+    for B in Bs:
+        num_outputs, rank = B.shape
+        yield slice(row, row + num_outputs), slice(column, column + rank), B
+        row, column = row + num_outputs, column + rank
 
 
 def _plus(y: Tensor, low: Tensor, B: Tensor, scale: float) -> Tensor:

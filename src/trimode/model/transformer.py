@@ -133,10 +133,11 @@ class Layer(nn.Module):
         attend: Attend,
         lora: Lora | None,
         rows: Tensor | None,
+        acts: Tensor | None,
     ) -> Tensor:
         H, G = self.num_heads, self.num_kv_heads
         h = self.attention_norm(x)
-        qkv = self._adapted(self.qkv(h), h, ("query", "key", "value"), lora, rows).view(len(x), -1, self.head_size)
+        qkv = self._adapted(self.qkv, h, ("query", "key", "value"), lora, rows, acts).view(len(x), -1, self.head_size)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(qkv[:, :H]), self.k_norm(qkv[:, H : H + G])
             qk = rotate(torch.cat((q, k), dim=1), cos, sin)
@@ -146,16 +147,28 @@ class Layer(nn.Module):
         if scale is not None:
             q = q * scale
         a = attend(self.index, q, k, v).flatten(1)
-        x = x + self._adapted(self.output(a), a, ("output",), lora, rows)
+        x = x + self._adapted(self.output, a, ("output",), lora, rows, acts)
         h = self.mlp_norm(x)
-        gate, up = self._adapted(self.gate_up(h), h, ("gate", "up"), lora, rows).chunk(2, dim=-1)
+        gate, up = self._adapted(self.gate_up, h, ("gate", "up"), lora, rows, acts).chunk(2, dim=-1)
         h = F.silu(gate).mul_(up)
-        return x + self._adapted(self.down(h), h, ("down",), lora, rows)
+        return x + self._adapted(self.down, h, ("down",), lora, rows, acts)
 
-    def _adapted(self, y: Tensor, x: Tensor, parts: tuple[str, ...], lora: Lora | None, rows: Tensor | None) -> Tensor:
-        """y, the joint output of these parts for inputs x, with the adapter added on its rows (None: on all)."""
-        if lora is None or not any((self.index, part) in lora.factors for part in parts):
-            return y
+    def _adapted(
+        self,
+        linear: Linear,
+        x: Tensor,
+        parts: tuple[str, ...],
+        lora: Lora | None,
+        rows: Tensor | None,
+        acts: Tensor | None,
+    ) -> Tensor:
+        """linear(x), the joint output of these parts, with the adapter added on its rows (None: on all; acts [N, 1] is one there)."""
+        num_adapted = 0 if lora is None else sum((self.index, part) in lora.factors for part in parts)
+        if lora is None or not num_adapted:
+            return linear(x)
+        if lora.is_trained and num_adapted == len(parts) and linear.weight is not None:
+            return lora.product(self.index, parts, x, linear.weight, linear.bias, acts)
+        y = linear(x)
         here, before = (x, y) if rows is None else (x[rows], y[rows])
         widths = [self.widths[part] for part in parts]
         added = lora.add(self.index, parts, here, before.split(widths, dim=-1))
@@ -210,12 +223,15 @@ class Transformer(nn.Module):
             x = x.index_copy(0, lora_rows, lora.mask_embedding.to(x.dtype).expand(len(lora_rows), -1))
         if lora_rows is not None and len(lora_rows) == len(x):
             lora_rows = None  # all of them: no gathering and scattering
+        acts = None
+        if lora is not None and lora.is_trained and lora_rows is not None:
+            acts = x.new_zeros(len(x), 1).index_fill_(0, lora_rows, 1)
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, scale, attend, lora, lora_rows, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, scale, attend, lora, lora_rows, acts, use_reentrant=False)
                 assert isinstance(x, Tensor)
             else:
-                x = layer(x, cos, sin, scale, attend, lora, lora_rows)
+                x = layer(x, cos, sin, scale, attend, lora, lora_rows, acts)
         return self.norm(x)[:num_rows]
 
     def logits(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:

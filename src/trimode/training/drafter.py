@@ -47,6 +47,8 @@ class Round:
     drafts: Int[Tensor, "n d"]
     sampled: Tensor
     """[n] Which blocks were drafted by sampling."""
+    chance: Float[Tensor, "n d"]
+    """Uniform numbers that decide on sampled drafts."""
 
 
 def draft_and_verify(
@@ -65,7 +67,7 @@ def draft_and_verify(
     clean = Recorded(PackedAttention([Causal()] * len(batch.lengths), batch.lengths, "sdpa", device))
     with torch.no_grad():
         model(batch.tokens, batch.positions, clean)
-    texts, firsts, positions, by_sampling, uniform = [], [], [], [], []
+    texts, firsts, positions, by_sampling, uniform, chance = [], [], [], [], [], []
     for start, length, given, sample in zip(batch.starts, batch.lengths, batch.num_prompts, batch.samples, strict=True):
         generator = noise.of(sample)
         candidates = torch.arange(max(given, 1), length)
@@ -78,6 +80,7 @@ def draft_and_verify(
         positions.append((places[:, None] + torch.arange(block_length)).flatten())
         by_sampling.append(torch.rand(len(places), generator=generator) < sampled)
         uniform.append(torch.rand(len(places), d, generator=generator, dtype=torch.float64))
+        chance.append(torch.rand(len(places), d, generator=generator))
     if not texts:
         raise DataError("No document of this batch has a place to draft at: an answer needs a token.")
     first, where = torch.cat(firsts), torch.cat(positions).to(device)
@@ -96,7 +99,9 @@ def draft_and_verify(
         inputs = torch.cat((first[:, None], drafts), dim=1).flatten()
         hidden = model(inputs, where, BlocksOverText(clean, texts, causal=True))
         verified = model.logits(hidden.view(n, block_length, -1)[:, :-1].flatten(0, 1)).view(n, d, -1)
-    return Round(_without(drafted.float(), mask), _without(verified.float(), mask), drafts, use)
+    return Round(
+        _without(drafted.float(), mask), _without(verified.float(), mask), drafts, use, torch.cat(chance).to(device)
+    )
 
 
 def train_drafter(settings: DrafterSettings, block_length: int) -> Objective:
@@ -111,7 +116,7 @@ def train_drafter(settings: DrafterSettings, block_length: int) -> Objective:
             blocks_per_document=settings.blocks_per_document,
             sampled=settings.sampled,
         )
-        accepted = _accepted(found, noise.of_text(f"verify/{batch.samples[0]}"))
+        accepted = _accepted(found)
         before = accepted.cumprod(dim=1)
         # a place counts if all drafts before it were accepted: the accepted ones and the first that was not
         reached = torch.cat((torch.ones_like(before[:, :1]), before[:, :-1]), dim=1).bool()
@@ -122,7 +127,7 @@ def train_drafter(settings: DrafterSettings, block_length: int) -> Objective:
             "loss": (float(total.detach()), count),
             "accepted": (float(matched.sum()), float(len(matched))),
         }
-        return Loss(total, count, parts)
+        return Loss(total, count, len(losses), parts)
 
     return objective
 
@@ -163,12 +168,11 @@ def accepted_drafts(
     return {"matched": float(right.cumprod(dim=1).sum(dim=1).float().mean())}
 
 
-def _accepted(found: Round, generator: torch.Generator) -> Tensor:
+def _accepted(found: Round) -> Tensor:
     """[n, d] Whether each draft would be accepted by itself: by rejection sampling where it was sampled, else if it is the arg-max."""
     p, q = found.verified.softmax(-1), found.drafted.detach().softmax(-1)
     index = found.drafts[..., None]
-    u = torch.rand(found.drafts.shape, generator=generator).to(p.device)
-    by_chance = u * q.gather(-1, index)[..., 0] < p.gather(-1, index)[..., 0]
+    by_chance = found.chance * q.gather(-1, index)[..., 0] < p.gather(-1, index)[..., 0]
     return torch.where(found.sampled[:, None], by_chance, found.drafts == found.verified.argmax(-1)).long()
 
 

@@ -105,7 +105,7 @@ def _over_both_halves(settings: JointSettings, block_length: int, *, autoregress
             total, count = total + ar, count + len(source)
         if count == 0:
             raise DataError("No token of this batch may be learnt: every document is all prompt.")
-        return Loss(total, count, {"loss": (float(total.detach()), count), **parts})
+        return Loss(total, count, int(count), {"loss": (float(total.detach()), count), **parts})
 
     return objective
 
@@ -121,7 +121,7 @@ def autoregressive() -> Objective:
             raise DataError("No token of this batch may be learnt: every document is all prompt.")
         total = _cross_entropy(model, hidden[source], batch.tokens[source + 1]).sum()
         count = float(len(source))
-        return Loss(total, count, {"loss": (float(total.detach()), count)})
+        return Loss(total, count, len(source), {"loss": (float(total.detach()), count)})
 
     return objective
 

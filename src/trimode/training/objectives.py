@@ -28,6 +28,8 @@ class Loss:
 
     total: Tensor
     count: float
+    positions: int
+    """Places that were asked for: what the speed of a run is counted in."""
     parts: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """For the log: sums and counts by name."""
 
@@ -51,6 +53,9 @@ class ConversionSettings:
     """Share of samples whose blocks hold known tokens between the masks."""
     decay: float = 4.0
     """Weight exp(-distance / decay), the distance counted from the last known token."""
+    reach: float = 0.0
+    """Share of that weight which a place earns by the chance that its block's draft gets there: the product of what the adapter gives
+    the right tokens before it. What lies behind a draft's likely end then counts for less."""
     distill: float = 0.5
     """Weight of the distance to the base's own distribution beside the cross-entropy's 1 - distill."""
     top: int = 32
@@ -74,6 +79,8 @@ class _Rows:
     """Zero where nothing is asked."""
     distance: Tensor
     """Masks since the last known token."""
+    block: Tensor
+    """Number of the first row of its block."""
 
 
 def convert_adapter(settings: ConversionSettings) -> Objective:
@@ -97,14 +104,18 @@ def convert_adapter(settings: ConversionSettings) -> Objective:
             likely, probability = likely[index], probability[index]
         wanted = torch.cat((target[:, None], likely), dim=1)
         lse, scores, best = head_statistics(noisy[asked], model.head_weight, wanted)
-        losses = cross_entropy_and_distance(scores - lse[:, None], probability, settings.distill)
+        logprobs = scores - lse[:, None]
+        if settings.reach > 0:
+            reached = _reached(logprobs[:, 0].detach(), rows, asked)
+            weight = weight * (1 - settings.reach + settings.reach * reached)
+        losses = cross_entropy_and_distance(logprobs, probability, settings.distill)
         total = (losses * weight).sum()
-        parts = {"loss": (float(total.detach()), float(weight.sum())), "positions": (float(len(target)), 1.0)}
+        parts = {"loss": (float(total.detach()), float(weight.sum()))}
         right = best == likely[:, 0]
         for d in range(1, 5):
             here = rows.distance[asked] == d
             parts[f"agree_{d}"] = (float(right[here].sum()), float(here.sum()))
-        return Loss(total, float(weight.sum()), parts)
+        return Loss(total, float(weight.sum()), len(target), parts)
 
     return objective
 
@@ -169,9 +180,10 @@ def _draw_rows(model: TrainableModel, batch: TokenBatch, noise: SampleNoise, set
     assert mask is not None
     device = model.device
     each: dict[str, list[Tensor]] = {
-        name: [] for name in ("tokens", "positions", "source", "target", "weight", "distance")
+        name: [] for name in ("tokens", "positions", "source", "target", "weight", "distance", "block")
     }
     texts = []
+    num_rows = 0
     for start, length, given, sample in zip(batch.starts, batch.lengths, batch.num_prompts, batch.samples, strict=True):
         generator = noise.of(sample)
         ids = batch.tokens[start : start + length].cpu()
@@ -204,11 +216,25 @@ def _draw_rows(model: TrainableModel, batch: TokenBatch, noise: SampleNoise, set
         each["target"].append(ids[(places + 1).clamp(max=length - 1)].flatten())
         each["weight"].append(weight.flatten())
         each["distance"].append(distance.flatten())
+        each["block"].append((num_rows + m * torch.arange(n)).repeat_interleave(m))
+        num_rows += n * m
     if not texts:
         raise DataError("No document of this batch is long enough for a block: an answer needs at least three tokens.")
     joined = {name: torch.cat(parts).to(device) for name, parts in each.items()}
     adapted = (joined["tokens"] == mask).nonzero()[:, 0]
     return _Rows(adapted=adapted, texts=texts, **joined)
+
+
+def _reached(logprob: Tensor, rows: _Rows, asked: Tensor) -> Tensor:
+    """For each place that is asked, the product of the probabilities of what was asked before it in its block, since the last known token.
+
+    logprob: the student's, of the right token at each place asked.
+    """
+    each = torch.zeros(len(asked), dtype=torch.float64, device=logprob.device).masked_scatter(asked, logprob.double())
+    # sums over the rows before a row, less what they were at its block's beginning or last known token
+    before = each.cumsum(0) - each
+    first = torch.maximum(rows.block, torch.arange(len(asked), device=logprob.device) - rows.distance + 1)
+    return (before - before[first])[asked].exp().float()
 
 
 def _block_length(settings: ConversionSettings, progress: float, generator: torch.Generator) -> int:

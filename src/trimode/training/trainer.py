@@ -69,6 +69,8 @@ class Progress:
     grad_norm: float
     seconds: float
     """Of this update."""
+    positions: int
+    """Places that its losses asked for, over all ranks."""
     parts: Mapping[str, float]
     """The objective's own measures, averaged over the global batch."""
     evaluation: Mapping[str, float] | None = None
@@ -118,6 +120,7 @@ def train(
             norm = _update(model, optimizer, count, settings.clip)
             if not math.isfinite(norm):
                 raise _not_a_number(f"The gradient of update {step} is {norm}", run)
+            seconds = time.perf_counter() - start
             done = step + 1
             evaluation = None
             if evaluate is not None and (done % settings.evaluate_every == 0 or done == settings.steps):
@@ -131,8 +134,11 @@ def train(
                     loss=total / count,
                     rate=rate,
                     grad_norm=norm,
-                    seconds=time.perf_counter() - start,
-                    parts={name: s / max(n, 1e-9) for name, (s, n) in sums.items() if name != "total"},
+                    seconds=seconds,
+                    positions=round(sums["positions"][0]),
+                    parts={
+                        name: s / max(n, 1e-9) for name, (s, n) in sums.items() if name not in ("total", "positions")
+                    },
                     evaluation=evaluation,
                 )
             )
@@ -179,7 +185,8 @@ def _accumulate(
         with _autocast(autocast, model.device):
             loss = objective(model, batch, noise)
         loss.total.backward()
-        for name, (s, n) in {"total": (float(loss.total.detach()), loss.count), **loss.parts}.items():
+        of_all = {"total": (float(loss.total.detach()), loss.count), "positions": (loss.positions, 1.0)}
+        for name, (s, n) in (of_all | dict(loss.parts)).items():
             entry = sums.setdefault(name, [0.0, 0.0])
             entry[0] += s
             entry[1] += n

@@ -1,0 +1,153 @@
+"""`trimode eval`: tasks with exact grading, by mode; and what a variant's rounding changes."""
+
+import json as jsonlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from trimode.cli import progress, screen
+from trimode.cli.modes import mode_settings
+from trimode.cli.options import Device, Dtype, Json, Threads, given, whole_number
+from trimode.errors import SettingError
+from trimode.viz import scores
+
+__all__ = ["evaluate"]
+
+DEFAULT_TASKS = "json,copy,count"
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Preset, directory, GGUF file or hub id.")],
+    tasks: Annotated[
+        str,
+        typer.Option("--tasks", metavar="LIST", help="With commas: gsm8k=FILE, humaneval=FILE, json, copy, count."),
+    ] = DEFAULT_TASKS,
+    modes: Annotated[
+        str, typer.Option("--modes", metavar="LIST", help="With commas; knobs behind colons: diffusion:threshold=0.8")
+    ] = "ar,diffusion,self_spec",
+    limit: Annotated[
+        str | None,
+        typer.Option("--limit", metavar="K", help="Only the first K examples of each task (50 of made ones)."),
+    ] = None,
+    max_new_tokens: Annotated[
+        str | None, typer.Option("--max-new-tokens", metavar="N", help="Longest answer; the task's own if not given.")
+    ] = None,
+    seed: Annotated[str, typer.Option("--seed", metavar="N", help="Of the examples that are made up.")] = "0",
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="humaneval: run programs even where this system cannot confine them.")
+    ] = False,
+    quantization_report: Annotated[
+        bool,
+        typer.Option("--quantization-report", help="Instead of tasks: how far rounded variants are from float32."),
+    ] = False,
+    variants: Annotated[
+        str | None,
+        typer.Option(
+            "--variants", metavar="LIST", help="Of the report: bfloat16, float16, int8, q8_0, llama.cpp [bfloat16]"
+        ),
+    ] = None,
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="FOLDER", help="Where eval.json and the samples go.")
+    ] = "runs/eval",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
+    dtype: Dtype = None,
+    device: Device = None,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Grade a model's answers exactly, mode by mode.
+
+    Every sample is kept with prompt, answer, grade and cost. Ctrl-C keeps what was graded; the same command with --resume goes on.
+    """
+    if quantization_report:
+        if tasks != DEFAULT_TASKS:
+            raise SettingError("--tasks has no effect with --quantization-report. Leave it out.")
+        if dtype is not None:
+            raise SettingError("--dtype has no effect with --quantization-report. Name it among --variants.")
+        _report(model, variants or "bfloat16", device=device, threads=threads, json=json)
+        return
+    if variants is not None:
+        raise SettingError("--variants has no effect without --quantization-report. Leave it out, or add that.")
+    chosen = mode_settings(modes)
+    most = None if max_new_tokens is None else given({"max_new_tokens": max_new_tokens})["max_new_tokens"]
+    from trimode.evaluation.tasks.opening import needs_sandbox, open_tasks
+
+    opened = open_tasks(
+        [word.strip() for word in tasks.split(",") if word.strip()],
+        limit=None if limit is None else whole_number(limit, "--limit", low=1),
+        seed=whole_number(seed, "--seed", low=0),
+    )
+    if needs_sandbox(opened):
+        if not trust_code:
+            from trimode.evaluation.sandbox import require_confinement
+
+            require_confinement()
+    elif trust_code:
+        raise SettingError("--trust-code has no effect: no task runs programs. Leave it out.")
+    from trimode.evaluation.evaluate import EvalSetting
+
+    runner = screen.load(model, dtype=dtype, device=device, threads=threads)
+    settings = [EvalSetting(mode=mode, knobs=knobs) for mode, knobs in chosen]
+    about = {
+        "model": model,
+        "dtype": str(runner.dtype).removeprefix("torch."),
+        "tasks": {task.name: [e.id for e in task.examples] for task in opened},
+        "prompts": {task.name: [e.prompt for e in task.examples] for task in opened},
+        "settings": [s.label for s in settings],
+        "max_new_tokens": most,
+        "seed": seed,
+    }
+    _run(runner, opened, settings, about, most, Path(output), resume=resume, json=json)
+
+
+def _run(
+    runner: Any, tasks: Any, settings: Any, about: Any, most: int | None, folder: Path, *, resume: bool, json: bool
+) -> None:
+    from trimode.evaluation import evaluate as core
+    from trimode.evaluation.benchmark import machine
+    from trimode.evaluation.run_folder import RunFolder
+
+    run = RunFolder.open(folder, "samples", about, resume=resume)
+    known = {(s["task"], s["setting"], s["id"]) for s in run.records}
+    total = sum(len(task.examples) for task in tasks) * len(settings)
+    partial = False
+    try:
+        with progress.bar(total - len(known)) as advance:
+            samples = core.evaluate(runner, tasks, settings, max_new_tokens=most, done=lambda *key: key in known)
+            advance("")
+            for sample in samples:
+                run.append(sample)
+                advance(f"{sample['task']}, {sample['setting']}")
+    except KeyboardInterrupt:
+        partial = True
+    rows = core.summarise_eval(run.records)
+    about = {key: value for key, value in about.items() if key != "prompts"}
+    report = jsonlib.loads(jsonlib.dumps({**about, **machine(), "partial": partial, "results": rows}))
+    path = run.finish("eval.json", report)
+    if json:
+        screen.print_json(report)
+    else:
+        if rows:
+            screen.answers_console().print(scores.eval_table(rows))
+        screen.say(f"In {path}; every answer with its grade in {folder / 'samples.jsonl'}")
+    if partial:
+        screen.say(f"Stopped: {len(run.records)} of {total} are kept. The same command with --resume goes on.")
+        raise typer.Exit(130)
+
+
+def _report(model: str, written: str, *, device: str | None, threads: str | None, json: bool) -> None:
+    from trimode.evaluation import quantization
+
+    names = [word.strip() for word in written.split(",") if word.strip()]
+    quantization.check_variants(names)
+    reference = screen.load(model, dtype="float32", device=device, threads=threads)
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        screen.say(f"{name} against float32")
+        variant = quantization.load_variant(reference, name)
+        rows += quantization.compare(reference, variant, name)
+    if json:
+        screen.print_json({"model": model, "places_of": "evaluation/report_text.txt", "results": rows})
+    else:
+        screen.answers_console().print(scores.quantization_table(rows))

@@ -1,0 +1,264 @@
+"""The engine in C++ for the CPU (`trimode._native`): float32, bfloat16 and int8 weights, every view, gated adapters.
+
+A row's result never depends, bit for bit, on the rows that share its forward, so greedy self-speculation equals greedy autoregression
+in every format. int8: weights keep at most 8 bits with a scale for each 32 inputs of an output (weights that come in 4 bits from a GGUF
+file stay the very numbers they are), activations are rounded to 8 bits for each product, with a scale for each 32 of a row.
+Keys and values are halves, except in float32.
+"""
+
+import os
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trimode.model.config import ModelConfig
+from trimode.model.forward import Answers, Cache, Inputs
+from trimode.model.lora import Lora
+from trimode.model.rope import inverse_frequencies
+from trimode.model.views import Causal, View, visible_matrix
+
+try:
+    from trimode import _native
+except ImportError:  # built without a compiler
+    _native = None
+
+__all__ = [
+    "BLOCKS",
+    "WHY_MISSING",
+    "NativeCache",
+    "NativeForward",
+    "NativeScores",
+    "Precision",
+    "available",
+    "kernel_names",
+    "new_matrix",
+    "pick_threads",
+]
+
+WHY_MISSING = "it was not built, for want of a C++ compiler; install one (g++ or clang++) and then trimode again."
+
+Precision = Literal["float32", "bfloat16", "int8"]
+
+GROUP = 32
+"""Inputs of an output that share a scale."""
+FORMATS = {"float32": 0, "bfloat16": 1, "u8": 2, "u4": 3}
+BLOCKS = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 8}
+_ROOM = 16
+"""Slots begin at multiples of it: keys lie in blocks of 16 positions."""
+_PLACES: dict[str, tuple[int, tuple[str, ...]]] = {
+    "qkv": (0, ("query", "key", "value")),
+    "output": (1, ("output",)),
+    "gate_up": (2, ("gate", "up")),
+    "down": (3, ("down",)),
+}
+
+
+_FORWARDS: "weakref.WeakSet[NativeForward]" = weakref.WeakSet()
+
+
+def _unlock_all() -> None:
+    for forward in list(_FORWARDS):
+        forward.unlock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock_all)
+
+
+def available() -> bool:
+    """Whether the engine was built with this installation."""
+    return _native is not None
+
+
+def kernel_names() -> list[str]:
+    """Kernel sets that this processor can run, the fastest first; empty without the engine."""
+    return [] if _native is None else list(_native.kernels())
+
+
+def new_matrix(kind: str, num_outputs: int, num_inputs: int) -> Any:
+    """An empty matrix of a kind in FORMATS, to be packed row by row."""
+    assert _native is not None
+    return _native.Matrix(FORMATS[kind], num_outputs, num_inputs)
+
+
+@lru_cache(maxsize=64)
+def _visible(view: View, length: int) -> np.ndarray | None:
+    """The view as bytes [T, T]; None where it is plainly causal."""
+    if isinstance(view, Causal) or view.num_causal(length) == length:
+        return None
+    return visible_matrix(view, length).to(torch.uint8).numpy()
+
+
+class NativeCache:
+    """Keys and values in the engine's own layout."""
+
+    def __init__(self, model: Any, lengths: Sequence[int], *, half: bool) -> None:
+        self.lengths = list(lengths)
+        self.starts: list[int] = []
+        end = 0
+        for length in lengths:
+            self.starts.append(end)
+            end += (length + _ROOM - 1) // _ROOM * _ROOM
+        self.handle = model.make_cache(max(end, _ROOM), half)
+
+    def place(self, slot: int, start: int, length: int) -> None:
+        """Let a slot be these positions from now on; whoever places slots keeps them apart."""
+        assert start % _ROOM == 0
+        self.starts[slot], self.lengths[slot] = start, length
+
+    def copy(self, source: int, target: int, num_positions: int) -> None:
+        """Copy what lies at `source` and behind it to `target`, beginnings of slots both; the two may overlap."""
+        self.handle.copy(source, target, num_positions)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held once it has been written to."""
+        return self.handle.num_bytes
+
+
+class NativeForward:
+    """The whole model in C++. `set_tensor` fills it."""
+
+    def __init__(
+        self, config: ModelConfig, *, precision: Precision, threads: int | None = None, kernels: str | None = None
+    ) -> None:
+        assert _native is not None
+        self.config = config
+        self.dtype, self.device = torch.float32, torch.device("cpu")
+        self.precision: str = precision
+        frequencies, rope_scale = inverse_frequencies(config.rope, config.head_size)
+        rope = config.rope
+        num_threads = pick_threads(threads)
+        self._model = _native.Model(
+            config.vocab_size,
+            config.width,
+            config.mlp_width,
+            config.num_layers,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_size,
+            config.norm_eps,
+            rope_scale,
+            rope.llama4_beta or 0.0,
+            rope.original_max_positions or 1,
+            frequencies.numpy(),
+            num_threads,
+            kernels or _native.kernels()[0],
+        )
+        self.threads = num_threads
+        self._norms: dict[int, dict[str, np.ndarray]] = {}
+        self._maps: dict[tuple[int, str], dict[str, Any]] = {}
+        self._kept: list[Any] = []
+        """Whatever the engine borrows memory from."""
+        self._lock = threading.Lock()
+        _FORWARDS.add(self)
+
+    def unlock(self) -> None:
+        """Forget who was running a forward: in a forked child that thread does not exist."""
+        self._lock = threading.Lock()
+
+    @property
+    def kernels(self) -> str:
+        """The kernel set that runs."""
+        return self._model.kernels
+
+    def load(self, tensors: Mapping[str, Any] | Any) -> None:
+        """Take packed matrices and float32 vectors by trimode's names, such as `layers.0.qkv.weight`."""
+        for name, value in tensors:
+            self._set(name, value)
+        for layer, norms in self._norms.items():
+            self._model.set_norms(
+                layer, norms["attention_norm"], norms["mlp_norm"], norms.get("q_norm"), norms.get("k_norm")
+            )
+        for (layer, place), parts in self._maps.items():
+            self._model.set_map(layer, _PLACES[place][0], parts["weight"], parts.get("bias"))
+        self._norms, self._maps = {}, {}
+
+    def _set(self, name: str, value: Any) -> None:
+        self._kept.append(value)
+        if name == "embedding.weight":
+            self._model.set_embedding(value)
+        elif name == "head.weight":
+            self._model.set_head(value)
+        elif name == "norm.weight":
+            self._model.set_norm(value)
+        else:
+            _, layer, part, kind = name.split(".")
+            if part.endswith("norm"):
+                self._norms.setdefault(int(layer), {})[part] = value
+            else:
+                self._maps.setdefault((int(layer), part), {})[kind] = value
+
+    def set_adapter(self, lora: Lora) -> None:
+        """Take an adapter; it acts on the inputs that a forward names."""
+        config = self.config
+        widths = {part: outputs for part, (_, outputs) in config.part_sizes.items()}
+        for layer in range(config.num_layers):
+            for index, parts in _PLACES.values():
+                found = [(part, *lora.factors[layer, part]) for part in parts if (layer, part) in lora.factors]
+                if not found:
+                    continue
+                # each part's low numbers begin at a group of their own
+                columns = [0]
+                for _, A, _ in found:
+                    columns.append(columns[-1] + (A.shape[0] + GROUP - 1) // GROUP * GROUP)
+                stacked = torch.zeros(columns[-1], found[0][1].shape[1])
+                offsets = {part: sum(widths[p] for p in parts[:i]) for i, part in enumerate(parts)}
+                packed = []
+                for column, (part, A, B) in zip(columns, found, strict=False):
+                    stacked[column : column + A.shape[0]] = A.float()
+                    packed.append((self._packed(B, B.dtype), column, offsets[part]))
+                self._model.set_adapter(layer, index, self._packed(stacked, found[0][1].dtype), packed)
+        embedding = None if lora.mask_embedding is None else lora.mask_embedding.float().numpy()
+        self._model.set_adapter_scale(lora.scale, embedding)
+
+    def _packed(self, weight: Tensor, stored: torch.dtype) -> Any:
+        kind = "u8" if self.precision == "int8" else "bfloat16" if stored == torch.bfloat16 else "float32"
+        matrix = new_matrix(kind, *weight.shape)
+        matrix.pack_floats(0, weight.float().contiguous().numpy())
+        self._kept.append(matrix)
+        return matrix
+
+    def make_cache(self, lengths: Sequence[int]) -> NativeCache:
+        return NativeCache(self._model, lengths, half=self.precision != "float32")
+
+    def __call__(self, inputs: Inputs, cache: Cache) -> "NativeScores":
+        assert isinstance(cache, NativeCache)
+        spans = [(s.start, s.length, cache.starts[s.slot], s.cached, _visible(s.view, s.length)) for s in inputs.spans]
+        with self._lock:
+            hidden = self._model.run(inputs.tokens, inputs.positions, spans, cache.handle, inputs.adapted, inputs.asked)
+        return NativeScores(self, hidden)
+
+    def head(self, hidden: np.ndarray) -> Answers:
+        """Logits of hidden states [n, D], and what is known of them beside."""
+        V = self.config.vocab_size
+        logits = torch.empty(len(hidden), (V + 15) // 16 * 16)
+        but = -1 if self.config.mask_token_id is None else self.config.mask_token_id
+        with self._lock:
+            best, logsumexp = self._model.head(hidden, but, logits.numpy())
+        return Answers(logits[:, :V], tuple(best.tolist()), torch.from_numpy(logsumexp))
+
+
+class NativeScores:
+    """Hidden states of the inputs that a forward was asked for."""
+
+    def __init__(self, forward: NativeForward, hidden: np.ndarray) -> None:
+        self._forward = forward
+        self._hidden = hidden
+
+    def answers(self, start: int, stop: int) -> Answers:
+        return self._forward.head(self._hidden[start:stop])
+
+    def logits(self, start: int, stop: int) -> Tensor:
+        return self.answers(start, stop).logits
+
+
+def pick_threads(count: int | None) -> int:
+    """As many threads as asked for, or as PyTorch uses."""
+    return torch.get_num_threads() if count is None else count

@@ -1,0 +1,173 @@
+// The whole forward of a Llama-like model over one cache, on the CPU. One thread at a time may call a model.
+#pragma once
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "threads.h"
+
+namespace trimode {
+
+struct Config {
+  int vocab_size, width, mlp_width, num_layers, num_heads, num_kv_heads, head_size;
+  float norm_eps;
+  float rope_scale;          // of cosines and sines
+  float llama4_beta;         // 0: off
+  int original_positions;    // of Llama 4's query scale
+  std::vector<float> frequencies;
+};
+
+// Memory that begins at 64 bytes, zeroed; what is never touched takes none.
+class Block {
+ public:
+  Block() = default;
+  explicit Block(size_t bytes);
+  uint8_t* data() const { return data_; }
+  size_t size() const { return bytes_; }
+
+ private:
+  std::shared_ptr<void> owner_;
+  uint8_t* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+// A packed matrix that owns its bytes, or borrows them from a mapped file.
+struct Weights {
+  Matrix matrix;
+  Block own;
+  bool is_set() const { return matrix.data != nullptr; }
+};
+
+Matrix shape_of(Format format, int num_outputs, int num_inputs);
+Weights make_weights(Format format, int num_outputs, int num_inputs);
+// rows [first, first + count) from floats [count][num_inputs]; quantised to the format if it is one of integers
+void pack_floats(Weights&, int first, int count, const float* rows);
+// the same, exactly, from GGUF's blocks of 32 (Q8_0 for u8; Q4_0 and Q4_1 for u4); row i of the blocks is row order[i]
+enum class Blocks : int { q4_0 = 2, q4_1 = 3, q8_0 = 8 };
+void pack_blocks(Weights&, Blocks encoding, const std::vector<int>& order, const uint8_t* raw);
+// one row back as floats
+void unpack_row(const Matrix&, int row, float* out);
+
+struct AdapterPart {
+  Weights b;
+  int column = 0;      // where its inputs begin among the low ones of its group
+  int output = 0;      // where its outputs begin
+};
+struct AdapterGroup {  // parts that share their inputs
+  Weights a;
+  std::vector<AdapterPart> parts;
+};
+enum Place { kQkv = 0, kOutput = 1, kGateUp = 2, kDown = 3, kPlaces = 4 };
+
+struct Layer {
+  Weights maps[kPlaces];
+  std::vector<float> biases[kPlaces];
+  std::vector<float> attention_norm, mlp_norm, q_norm, k_norm;
+  AdapterGroup adapters[kPlaces];
+};
+
+class Cache {
+ public:
+  Cache(const Config&, int num_positions, bool is_half);
+  void copy(int source, int target, int count);
+  size_t num_bytes() const { return keys_.size() + values_.size(); }
+  bool is_half() const { return is_half_; }
+  int num_positions() const { return num_positions_; }
+
+  template <typename T>
+  T* keys(int layer, int head) const {
+    return reinterpret_cast<T*>(keys_.data()) + ((size_t)layer * num_heads_ + head) * num_positions_ * head_size_;
+  }
+  template <typename T>
+  T* values(int layer, int head) const {
+    return reinterpret_cast<T*>(values_.data()) + ((size_t)layer * num_heads_ + head) * num_positions_ * value_size_;
+  }
+  int value_size() const { return value_size_; }
+
+ private:
+  template <typename T>
+  void copy_as(int source, int target, int count);
+  int num_layers_, num_heads_, head_size_, value_size_, num_positions_;
+  bool is_half_;
+  Block keys_, values_;
+};
+
+struct Span {
+  int start, length;
+  int first_position;  // of its slot among the cache's positions; a multiple of 16
+  int cached;
+  const uint8_t* visible;  // [length][length]; null: causal
+};
+
+class Model {
+ public:
+  Model(Config config, int num_threads, const Kernels* kernels);
+
+  // Runs all layers; `hidden` [asked][width] gets the normalised states of the inputs that are asked for.
+  void run(const int* tokens, const int* positions, int num_inputs, const std::vector<Span>& spans, Cache& cache,
+           const std::vector<int>& adapted, const std::vector<int>& asked, float* hidden);
+  // Logits [count][stride] of hidden states, and of each the greatest but for token `but`, where it is, and the log of the sum of all
+  // exponentials.
+  void head(const float* hidden, int count, int but, float* logits, size_t stride, int* best, float* logsumexp);
+
+  const Config config;
+  const Kernels* const kernels;
+  Weights embedding;  // its rows are read; also the head where the two are tied
+  Weights output_head;
+  std::vector<Layer> layers;
+  std::vector<float> norm;
+  float adapter_scale = 1.0f;
+  std::vector<float> mask_embedding;
+  int num_threads() const { return threads_.count(); }
+
+ private:
+  struct Floats2d {
+    std::vector<float> memory;
+    float* values = nullptr;
+    size_t stride = 0;
+    void reserve(int rows, int columns);
+    float* row(int r) { return values + (size_t)r * stride; }
+  };
+  struct Prepared {  // rows as a product wants them
+    std::vector<int8_t> memory;
+    int8_t* quantized = nullptr;
+    std::vector<float> scales, sums;
+    std::vector<int32_t> biases;
+  };
+
+  struct Product {
+    const Weights* weights;
+    Rows rows;
+    int num_rows;
+    Output out;
+  };
+  struct Piece {  // panels of a product
+    const Product* product;
+    int from, to;
+  };
+
+  void reserve(int num_inputs);
+  Rows prepare(Floats2d& x, int num_rows, int num_inputs, bool quantized, Prepared& room);
+  void multiply(const std::vector<Product>& products);
+  void apply(Layer& layer, Place place, Floats2d& x, int num_rows, int num_inputs, Floats2d& y, bool add,
+             const std::vector<int>& adapted);
+  void each_row(int num_rows, int per_row_cost, const std::function<void(int)>& work);
+  void rotate_and_store(Layer& layer, int index, const int* positions, int num_inputs, Cache& cache);
+  template <typename T>
+  void attend(int index, Cache& cache, const std::vector<Span>& spans);
+  void grow_rotations(int position);
+
+  Threads threads_;
+  Floats2d x_, normed_, qkv_, attended_, gate_up_, gated_, low_, picked_, final_;
+  Prepared prepared_, prepared_low_, prepared_picked_, prepared_final_;
+  std::vector<float> cosines_, sines_, query_scales_;
+  int num_rotations_ = 0;
+  std::vector<std::vector<float>> scratch_;
+  std::vector<Piece> pieces_;
+  std::vector<int> slots_;  // cache position of each input
+};
+
+}  // namespace trimode

@@ -1,0 +1,217 @@
+// The engine for Python: `trimode._native`. Shapes and names are checked on the Python side (`trimode.model.native`).
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <cpuid.h>
+#endif
+
+#include "model.h"
+
+namespace py = pybind11;
+using namespace trimode;
+
+namespace {
+
+using FloatArray = py::array_t<float, py::array::c_style | py::array::forcecast>;
+using IntArray = py::array_t<int, py::array::c_style | py::array::forcecast>;
+
+#if defined(__x86_64__) && defined(__GNUC__)
+// not every compiler's __builtin_cpu_supports knows its name
+bool has_avxvnni() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+#endif
+
+// From the fastest to the one that always runs; null where this build or this processor has none.
+std::vector<const Kernels*> usable_kernels() {
+  std::vector<const Kernels*> found;
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
+    found.push_back(kernels_avx512vnni());
+  if (avx2 && has_avxvnni()) found.push_back(kernels_avxvnni());
+  if (avx2) found.push_back(kernels_avx2());
+#endif
+  found.push_back(kernels_portable());
+  return found;
+}
+
+const Kernels* kernels_named(const std::string& name) {
+  for (const Kernels* k : usable_kernels())
+    if (name == k->name) return k;
+  throw std::invalid_argument("this processor cannot run " + name);
+}
+
+struct PyMatrix {
+  std::shared_ptr<Weights> weights;
+  py::object borrowed;  // keeps a mapped file open
+};
+
+PyMatrix borrow(int format, int outputs, int inputs, py::buffer buffer) {
+  const py::buffer_info info = buffer.request();
+  PyMatrix m{std::make_shared<Weights>(), buffer};
+  m.weights->matrix = shape_of((Format)format, outputs, inputs);
+  const size_t needed = m.weights->matrix.panel_bytes * m.weights->matrix.num_panels;
+  if ((size_t)(info.size * info.itemsize) != needed) throw std::invalid_argument("a packed matrix of this shape has other bytes");
+  m.weights->matrix.data = static_cast<const uint8_t*>(info.ptr);
+  return m;
+}
+
+// whatever would reach beyond memory; everything else is the caller's business
+void check(const Config& config, const IntArray& tokens, const IntArray& positions, const std::vector<Span>& spans, const Cache& cache,
+           const std::vector<int>& adapted, const std::vector<int>& asked) {
+  const int n = (int)tokens.size();
+  bool sound = n > 0 && positions.size() == n;
+  for (int i = 0; sound && i < n; ++i)
+    sound = tokens.data()[i] >= 0 && tokens.data()[i] < config.vocab_size && positions.data()[i] >= 0;
+  int covered = 0;
+  for (const Span& s : spans) {
+    sound = sound && s.start == covered && s.length > 0 && s.cached >= 0 && s.first_position >= 0 && s.first_position % kLanes == 0 &&
+            s.first_position + s.cached + s.length <= cache.num_positions();
+    covered += s.length;
+  }
+  for (const std::vector<int>* places : {&adapted, &asked})
+    for (int i : *places) sound = sound && i >= 0 && i < n;
+  if (!sound || covered != n) throw std::invalid_argument("a forward names tokens, inputs or cache positions that do not exist");
+}
+
+std::vector<float> floats(const py::object& array) {
+  if (array.is_none()) return {};
+  const FloatArray values = FloatArray::ensure(array);
+  return {values.data(), values.data() + values.size()};
+}
+
+// padded for kernels that read 16 at a time
+std::vector<float> padded(const py::object& array) {
+  std::vector<float> values = floats(array);
+  values.resize((values.size() + 15) / 16 * 16, 0.0f);
+  return values;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.def("kernels", [] {
+    std::vector<std::string> names;
+    for (const Kernels* k : usable_kernels()) names.push_back(k->name);
+    return names;
+  });
+
+  py::class_<PyMatrix>(m, "Matrix")
+      .def(py::init([](int format, int outputs, int inputs) {
+        return PyMatrix{std::make_shared<Weights>(make_weights((Format)format, outputs, inputs)), py::none()};
+      }))
+      .def_static("borrow", &borrow)
+      .def("pack_floats",
+           [](PyMatrix& self, int first, FloatArray rows) {
+             const int count = (int)rows.shape(0);
+             py::gil_scoped_release release;
+             pack_floats(*self.weights, first, count, rows.data());
+           })
+      .def("pack_blocks",
+           [](PyMatrix& self, int encoding, std::vector<int> order, py::buffer raw) {
+             const py::buffer_info info = raw.request();
+             py::gil_scoped_release release;
+             pack_blocks(*self.weights, (Blocks)encoding, order, static_cast<const uint8_t*>(info.ptr));
+           })
+      .def("row",
+           [](const PyMatrix& self, int row) {
+             py::array_t<float> out(self.weights->matrix.num_inputs);
+             unpack_row(self.weights->matrix, row, out.mutable_data());
+             return out;
+           })
+      .def_property_readonly("num_bytes",
+                             [](const PyMatrix& self) { return self.weights->matrix.panel_bytes * self.weights->matrix.num_panels; })
+      .def("view", [](py::object self) {
+        const Weights& w = *self.cast<PyMatrix&>().weights;
+        return py::array_t<uint8_t>((py::ssize_t)(w.matrix.panel_bytes * w.matrix.num_panels), w.matrix.data, self);
+      });
+
+  py::class_<Cache>(m, "Cache")
+      .def("copy", &Cache::copy, py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("num_bytes", &Cache::num_bytes);
+
+  py::class_<Model>(m, "Model")
+      .def(py::init([](int vocab_size, int width, int mlp_width, int num_layers, int num_heads, int num_kv_heads, int head_size,
+                       float norm_eps, float rope_scale, float llama4_beta, int original_positions, FloatArray frequencies,
+                       int num_threads, const std::string& kernels) {
+        Config c{vocab_size, width,       mlp_width,          num_layers,         num_heads, num_kv_heads, head_size, norm_eps,
+                 rope_scale, llama4_beta, original_positions, floats(frequencies)};
+        return std::make_unique<Model>(std::move(c), num_threads, kernels_named(kernels));
+      }))
+      .def("make_cache",
+           [](const Model& self, int num_positions, bool is_half) { return std::make_unique<Cache>(self.config, num_positions, is_half); })
+      .def("set_embedding", [](Model& self, const PyMatrix& w) { self.embedding = *w.weights; }, py::keep_alive<1, 2>())
+      .def("set_head", [](Model& self, const PyMatrix& w) { self.output_head = *w.weights; }, py::keep_alive<1, 2>())
+      .def("set_norm", [](Model& self, py::object w) { self.norm = padded(w); })
+      .def("set_norms",
+           [](Model& self, int layer, py::object attention, py::object mlp, py::object q, py::object k) {
+             self.layers.at(layer).attention_norm = padded(attention);
+             self.layers.at(layer).mlp_norm = padded(mlp);
+             self.layers.at(layer).q_norm = floats(q);
+             self.layers.at(layer).k_norm = floats(k);
+           })
+      .def("set_map",
+           [](Model& self, int layer, int place, const PyMatrix& w, py::object bias) {
+             self.layers.at(layer).maps[place] = *w.weights;
+             self.layers.at(layer).biases[place] = floats(bias);
+           },
+           py::keep_alive<1, 4>())
+      .def("set_adapter",
+           [](Model& self, int layer, int place, const PyMatrix& a, const std::vector<std::tuple<PyMatrix, int, int>>& parts) {
+             AdapterGroup& group = self.layers.at(layer).adapters[place];
+             group.a = *a.weights;
+             group.parts.clear();
+             for (const auto& [b, column, output] : parts) group.parts.push_back({*b.weights, column, output});
+           })
+      .def("set_adapter_scale",
+           [](Model& self, float scale, py::object mask_embedding) {
+             self.adapter_scale = scale;
+             self.mask_embedding = floats(mask_embedding);
+           })
+      .def("run",
+           [](Model& self, IntArray tokens, IntArray positions, const std::vector<std::tuple<int, int, int, int, py::object>>& spans,
+              Cache& cache, const std::vector<int>& adapted, const std::vector<int>& asked) {
+             std::vector<Span> rows;
+             std::vector<py::array_t<uint8_t>> visible;  // kept while the forward reads them
+             for (const auto& [start, length, first, cached, seen] : spans) {
+               Span span{start, length, first, cached, nullptr};
+               if (!seen.is_none()) {
+                 visible.push_back(py::array_t<uint8_t, py::array::c_style>::ensure(seen));
+                 span.visible = visible.back().data();
+               }
+               rows.push_back(span);
+             }
+             check(self.config, tokens, positions, rows, cache, adapted, asked);
+             py::array_t<float> hidden({(py::ssize_t)asked.size(), (py::ssize_t)self.config.width});
+             float* const out = hidden.mutable_data();
+             {
+               py::gil_scoped_release release;
+               self.run(tokens.data(), positions.data(), (int)tokens.size(), rows, cache, adapted, asked, out);
+             }
+             return hidden;
+           })
+      .def("head",
+           [](Model& self, FloatArray hidden, int but, py::array_t<float, py::array::c_style> logits) {
+             const int count = (int)hidden.shape(0);
+             py::array_t<int> best(count);
+             py::array_t<float> logsumexp(count);
+             int* const b = best.mutable_data();
+             float* const l = logsumexp.mutable_data();
+             float* const out = logits.mutable_data();
+             const size_t stride = (size_t)logits.shape(1);
+             {
+               py::gil_scoped_release release;
+               self.head(hidden.data(), count, but, out, stride, b, l);
+             }
+             return py::make_tuple(best, logsumexp);
+           })
+      .def_property_readonly("num_threads", &Model::num_threads)
+      .def_property_readonly("kernels", [](const Model& self) { return self.kernels->name; });
+}

@@ -1,0 +1,65 @@
+// Threads that share one forward's work: they spin while a forward runs and sleep between forwards.
+#pragma once
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+namespace trimode {
+
+// The caller works too and can finish alone: a helper that gets no processor delays nothing that it has not begun.
+class Threads {
+ public:
+  explicit Threads(int count) : count_(count < 1 ? 1 : count) {}
+  ~Threads();
+  Threads(const Threads&) = delete;
+  Threads& operator=(const Threads&) = delete;
+
+  int count() const { return count_; }
+
+  // Helpers wake at the first call after `end`, and are made anew in a forked child, where they do not exist.
+  void begin();
+  void end();
+
+  // work(chunk, thread) for each chunk in [0, num_chunks), in any order, on any threads; returns when all are done.
+  template <typename Work>
+  void run(int num_chunks, Work&& work) {
+    if (count_ == 1 || num_chunks <= 1) {
+      for (int i = 0; i < num_chunks; ++i) work(i, 0);
+      return;
+    }
+    run_shared([](void* context, int chunk, int thread) { (*static_cast<std::remove_reference_t<Work>*>(context))(chunk, thread); },
+               const_cast<void*>(static_cast<const void*>(&work)), num_chunks);
+  }
+
+ private:
+  struct Helpers {
+    std::vector<std::thread> threads;
+    std::mutex mutex;
+    std::condition_variable wake;
+    bool stopped = false;
+    int process = 0;  // that made them
+  };
+
+  using Call = void (*)(void*, int, int);
+  void run_shared(Call call, void* context, int num_chunks);
+  void work_on(int thread, Helpers* helpers);
+  bool take_one(int thread);
+
+  const int count_;
+  Helpers* helpers_ = nullptr;
+
+  // of the job at hand; read before a chunk is taken, and valid if taking it succeeds
+  std::atomic<Call> call_{nullptr};
+  std::atomic<void*> context_{nullptr};
+  std::atomic<int> num_chunks_{0};
+  std::atomic<uint64_t> next_{0};  // job number << 32 | next chunk
+  std::atomic<int> num_left_{0};
+
+  std::atomic<bool> active_{false};
+};
+
+}  // namespace trimode
