@@ -1,4 +1,4 @@
-"""What the server must reach, measured: shared forwards, HTTP's own cost, long prompts among streams, and a soak that ends with SIGTERM.
+"""What the server must reach, measured: shared forwards, HTTP's own cost, long prompts among streams, a soak that ends with SIGTERM.
 
     python benchmarks/server.py batching   [--streams 16] [--tokens 64]     16 streams in ar against one
     python benchmarks/server.py overhead   [--tokens 256] [--rounds 3]      HTTP against the library, on one stream
@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +204,7 @@ def prefill(options: Any) -> dict[str, Any]:
         engine.submit(entry)
     for _ in range(60):
         engine.tick()
-    ordinary = statistics.median(b - a for mine in times for a, b in zip(mine[10:], mine[11:], strict=False))
+    ordinary = statistics.median(b - a for mine in times for a, b in pairwise(mine[10:]))
     num_before = [len(mine) for mine in times]
     ids = [5 + i * 7 % 4000 for i in range(options.prompt)]
     late = Entry(model.open_answer(ids, {"mode": "ar", "max_new_tokens": 4, "ignore_eos": True}), lambda event: None)
@@ -216,9 +217,7 @@ def prefill(options: Any) -> dict[str, Any]:
     took = time.perf_counter() - arrived
     engine.cancel_all()
     engine.run_until_idle()
-    gaps = [
-        b - a for mine, n in zip(times, num_before, strict=True) for a, b in zip(mine[n - 1 :], mine[n:], strict=False)
-    ]
+    gaps = [b - a for mine, n in zip(times, num_before, strict=True) for a, b in pairwise(mine[n - 1 :])]
     gaps = sorted(gaps)
     return {
         "an ordinary step, ms": 1e3 * ordinary,
