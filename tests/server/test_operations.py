@@ -189,17 +189,14 @@ def test_a_head_and_a_body_that_never_end_are_given_up():
 def test_a_failing_forward_is_an_error_of_the_servers_and_the_next_request_is_answered():
     with serving() as (url, service), httpx.Client(base_url=url, timeout=30) as http:
         engine = service.worker.engine
-        whole = engine._runner
+        whole = engine._run
 
-        class Broken:
-            admit, dismiss = whole.admit, whole.dismiss
-
-            def __call__(self, generations, steps):
-                raise RuntimeError("out of luck")
+        def broken(generations, steps):
+            raise RuntimeError("out of luck")
 
         logging.getLogger("trimode.engine.engine").disabled = True
         try:
-            engine._runner = Broken()
+            engine._run = broken
             reply = http.post(CHAT, json={"messages": HELLO, "max_tokens": 3})
             assert reply.status_code == 500
             assert reply.json()["error"]["type"] == "server_error"
@@ -208,7 +205,7 @@ def test_a_failing_forward_is_an_error_of_the_servers_and_the_next_request_is_an
                 assert "server_error" in "".join(stream.iter_text())
         finally:
             logging.getLogger("trimode.engine.engine").disabled = False
-            engine._runner = whole
+            engine._run = whole
         assert http.post(CHAT, json={"messages": HELLO, "max_tokens": 3}).status_code == 200
 
 
@@ -291,3 +288,17 @@ def test_requests_while_stopping_are_told_so():
         reply = http.post(CHAT, json={"messages": HELLO})
         assert reply.status_code == 503
         assert reply.json()["error"]["code"] == "server_stopping"
+
+
+def test_clients_that_leave_at_any_moment_free_what_they_held():
+    """Thirty, each at another moment: one of them leaves just when a token comes."""
+    with serving() as (url, service):
+        host, port = url.removeprefix("http://").split(":")
+        body = json.dumps({**LONG, "stream": True}).encode()
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        for i in range(30):
+            with socket.create_connection((host, int(port))) as sock:
+                sock.sendall(head + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+                for _ in range(i % 5 + 1):
+                    sock.recv(1000)
+            until(lambda: service.num_calls == 0 and service.worker.snapshot.running == 0, seconds=1.5)

@@ -119,7 +119,7 @@ def test_an_answer_can_be_stopped_and_the_server_notices(page, server):
         sync_api.expect(page.locator(".final").last).not_to_be_empty(timeout=20_000)
         page.click("#stop") if how == "click" else page.keyboard.press("Escape")
         sync_api.expect(page.locator("#status")).to_have_text("Stopped.", timeout=10_000)
-        # a browser that gives up a stream may read on for five seconds, in the hope of using the connection again
+        # a browser may read on for a while, in the hope of using the connection again
         for _ in range(500):
             if server[1].num_calls == 0:
                 break

@@ -400,7 +400,9 @@ class Service:
         while num_left:
             left = call.deadline - time.monotonic()
             try:
-                index, event = await asyncio.wait_for(call.events.get(), max(0.0, min(left, HEARTBEAT_S)))
+                # not wait_for: in Python 3.11 it forgets that it was cancelled if an event comes at the same moment
+                async with asyncio.timeout(max(0.0, min(left, HEARTBEAT_S))):
+                    index, event = await call.events.get()
             except TimeoutError:
                 if left <= HEARTBEAT_S:
                     limit = f"{self.limits.request_time_s:g}"
