@@ -1,4 +1,4 @@
-"""Law: every kernel set that this processor runs multiplies as numpy does, and gives a row the same bits whatever rows share the call."""
+"""Law: each kernel set that this processor runs multiplies as numpy does, and gives a row the same bits in any company."""
 
 from typing import Any
 

@@ -145,6 +145,8 @@ PYBIND11_MODULE(_native, m) {
            })
       .def("multiply",
            [](const PyMatrix& self, FloatArray x, const std::string& kernels) {
+             if (x.ndim() != 2 || x.shape(1) != self.weights->matrix.num_inputs)
+               throw std::invalid_argument("rows [n, " + std::to_string(self.weights->matrix.num_inputs) + "] are needed");
              py::array_t<float> out({x.shape(0), (py::ssize_t)self.weights->matrix.num_outputs});
              multiply_rows(self.weights->matrix, *kernels_named(kernels), x.data(), (int)x.shape(0), out.mutable_data());
              return out;
