@@ -2,8 +2,8 @@
 
     python benchmarks/beside_llama_cpp.py [--types q4_1,q4_0,q8_0] [--threads 2] [--rounds 9] [--json FILE]
 
-llama.cpp comes from `pip install llama-cpp-python` (it compiles). It runs in processes of its own, one a weight type, and takes turns with
-trimode: every round times each engine once at each T. Types other than the file's own are made from it by llama.cpp's quantiser.
+llama.cpp comes from `pip install llama-cpp-python` (it compiles). It runs in processes of its own, one a weight type, and takes turns
+with trimode: every round times each engine once at each T. Types other than the file's own are made from it by llama.cpp's quantiser.
 Medians; ratios are medians of the ratios within a round.
 """
 
