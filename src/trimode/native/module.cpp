@@ -78,7 +78,6 @@ PyMatrix borrow(int format, int outputs, int inputs, py::buffer buffer) {
   return m;
 }
 
-<<<<<<< HEAD
 // y [rows][outputs] of x [rows][inputs], by one kernel set and thread: what its tests look at
 void multiply_rows(const Matrix& m, const Kernels& kernels, const float* x, int num_rows, float* y) {
   const size_t padded = (size_t)m.padded_inputs, groups = (size_t)m.num_groups(), outputs = (size_t)m.num_panels * kLanes;
@@ -93,7 +92,8 @@ void multiply_rows(const Matrix& m, const Kernels& kernels, const float* x, int 
   const Rows rows{values.data(), padded, quantized.data(), padded, scales.data(), sums.data(), biases.data(), groups};
   kernels.multiply(m, 0, m.num_panels, rows, num_rows, {out.data(), outputs, nullptr, false, 1.0f});
   for (size_t r = 0; r < (size_t)num_rows; ++r) std::copy_n(&out[r * outputs], m.num_outputs, y + r * m.num_outputs);
-=======
+}
+
 bool is_sized(const Weights& w, int outputs, int inputs) {
   return w.is_set() && w.matrix.num_outputs == outputs && w.matrix.num_inputs == inputs;
 }
@@ -124,7 +124,6 @@ bool is_complete(const Model& m) {
     for (const Weights& w : layer.maps) sound = sound && w.is_set();
   }
   return sound;
->>>>>>> server
 }
 
 // whatever would reach beyond memory; everything else is the caller's business
