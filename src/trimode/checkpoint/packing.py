@@ -30,10 +30,10 @@ def _vector(checkpoint: Checkpoint, fused: Fused) -> Any:
 def _matrix(checkpoint: Checkpoint, fused: Fused, precision: Precision) -> Any:
     parts = [(checkpoint.stored[name], shape[0]) for name, shape in fused.parts]
     encodings = {stored.encoding for stored, _ in parts}
-    kind: str = precision
-    if precision == "int8":
-        kind = "u4" if encodings <= {"Q4_0", "Q4_1"} else "u8"
-    as_it_is = precision == "int8" and (kind == "u4" or encodings == {"Q8_0"})
+    # few bits stay as they are stored: the very numbers in float32 too, in a fifth of the bytes
+    stored_kind = "u4" if encodings <= {"Q4_0", "Q4_1"} else "u8" if encodings == {"Q8_0"} else None
+    as_it_is = stored_kind is not None and precision != "bfloat16"
+    kind = stored_kind if as_it_is and stored_kind is not None else "u8" if precision == "int8" else precision
     matrix = new_matrix(kind, *fused.shape)
     first = 0
     for stored, num_rows in parts:

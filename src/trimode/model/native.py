@@ -151,6 +151,8 @@ class NativeForward:
             num_threads,
             kernels or _native.kernels()[0],
         )
+        # float32 keeps weights of few bits as they are stored, and multiplies the numbers that they mean
+        self._model.rounds_activations = precision == "int8"
         self.threads = num_threads
         self._norms: dict[int, dict[str, np.ndarray]] = {}
         self._maps: dict[tuple[int, str], dict[str, Any]] = {}

@@ -344,6 +344,7 @@ PYBIND11_MODULE(_native, m) {
              return py::make_tuple(best, logsumexp);
            },
            py::arg("hidden"), py::arg("but"), py::arg("logits").noconvert())
+      .def_readwrite("rounds_activations", &Model::rounds_activations)
       .def_property_readonly("num_threads", &Model::num_threads)
       .def_property_readonly("kernels", [](const Model& self) { return self.kernels->name; });
 }
