@@ -81,14 +81,15 @@ def say(message: str | Text) -> None:
     errors_console().print(message, soft_wrap=True)
 
 
-def load(name: str, *, dtype: str | None, device: str | None, threads: str | None) -> Any:
+def load(name: str, *, dtype: str | None, device: str | None, threads: str | None, quantize: str | None = None) -> Any:
     """Load a model, saying so while it lasts. The first thing that imports torch."""
     num_threads = None if threads is None else whole_number(threads, "--threads", low=1)
     console = errors_console()
     with console.status(f"Loading {name}") if console.is_terminal else nullcontext():
         import trimode
 
-        return trimode.load(name, dtype=dtype, device=device, threads=num_threads)
+        more: dict[str, Any] = {} if quantize is None else {"quantize": quantize}
+        return trimode.load(name, dtype=dtype, device=device, threads=num_threads, **more)
 
 
 def title(model: Any) -> Text:

@@ -62,7 +62,9 @@ class Progress:
 
 
 def length_of_block(generation: Generation) -> int:
-    """The request's block length, or the checkpoint's."""
+    """What `auto` chose, the request's block length, or the checkpoint's."""
+    if generation.choice is not None:
+        return generation.choice.block_length
     return generation.settings.block_length or generation.traits.block_length
 
 

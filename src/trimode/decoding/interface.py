@@ -17,6 +17,7 @@ from trimode.decoding.settings import Settings
 from trimode.model.views import View
 
 __all__ = [
+    "Choice",
     "Constraint",
     "Decoder",
     "Generation",
@@ -157,7 +158,19 @@ class Tally:
     """Steps by kind."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What `auto` chose for a round."""
+
+    kind: str
+    """ar, linear or quadratic."""
+    block_length: int = 1
+
+    def __str__(self) -> str:
+        return self.kind if self.kind == "ar" else f"{self.kind} {self.block_length}"
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Generation:
     """One prompt on its way to an answer. The loop owns `final`, `cached` and `finish_reason`; its decoder owns `canvas` and
     `state`."""
@@ -181,6 +194,10 @@ class Generation:
     finish_reason: str | None = None
     state: Any = None
     """Whatever the decoder must remember between steps."""
+    choice: Choice | None = None
+    """What `auto` does now; None in every other mode."""
+    choices: dict[str, int] = field(default_factory=dict)
+    """Rounds by what `auto` chose for them."""
     tally: Tally = field(default_factory=Tally)
 
     def __post_init__(self) -> None:

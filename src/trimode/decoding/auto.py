@@ -1,0 +1,79 @@
+"""`auto`: before each round the cheapest exact way to go on, `ar` or a kind of self-speculation with a block length.
+
+All of them give the autoregressive text (sampled: its distribution), so a choice costs time and never changes an answer. Who chooses is
+handed in: it knows what forwards cost on this machine, which is no decoder's business. Told of every verification, it learns.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from trimode.decoding.autoregressive import Autoregressive
+from trimode.decoding.interface import Choice, Generation, Outcome, Predictions, Step, Traits
+from trimode.decoding.self_speculation import LinearSelfSpeculation, QuadraticSelfSpeculation
+from trimode.decoding.settings import Settings
+
+__all__ = ["LARGEST_STEP", "Auto", "Chooser"]
+
+LARGEST_STEP = 96
+"""Most inputs that the step of a choice may place behind what is final."""
+
+
+class Chooser(Protocol):
+    """Knows costs, and learns how many drafts are accepted."""
+
+    def choose(self, g: Generation, num_sharing: int) -> Choice:
+        """How a generation goes on that shares its forwards with `num_sharing` - 1 others."""
+        ...
+
+    def note(self, g: Generation, num_drafted: int, num_accepted: int) -> None:
+        """A verification happened."""
+        ...
+
+
+class Auto:
+    """Asks before each round, and lets the chosen decoder do it."""
+
+    def __init__(self, chooser: Chooser) -> None:
+        self._chooser = chooser
+        self._linear, self._quadratic = LinearSelfSpeculation(), QuadraticSelfSpeculation()
+        self._kinds: dict[str, Autoregressive | LinearSelfSpeculation | QuadraticSelfSpeculation] = {
+            "ar": Autoregressive(),
+            "linear": self._linear,
+            "quadratic": self._quadratic,
+        }
+
+    def plan(self, generations: Sequence[Generation]) -> list[Step]:
+        return [self._plan_one(g, len(generations)) for g in generations]
+
+    def _plan_one(self, g: Generation, num_sharing: int) -> Step:
+        if g.choice is None or _is_between_rounds(g):
+            choice = self._chooser.choose(g, num_sharing)
+            if choice.kind != "quadratic":
+                # what was drafted ahead is let go; the last final token leads whatever comes next
+                g.canvas, g.state = [], None
+            elif g.choice is not None and g.choice.block_length != choice.block_length and g.state is not None:
+                choice = Choice("quadratic", g.choice.block_length)  # the draft at hand has that length
+            g.choice = choice
+            g.choices[str(choice)] = g.choices.get(str(choice), 0) + 1
+        return self._kinds[g.choice.kind].plan_one(g)
+
+    def absorb(
+        self, generations: Sequence[Generation], steps: Sequence[Step], predictions: Sequence[Predictions]
+    ) -> list[Outcome]:
+        return [self._absorb_one(*each) for each in zip(generations, steps, predictions, strict=True)]
+
+    def _absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Outcome:
+        assert g.choice is not None
+        num_drafted = len(g.canvas)
+        outcome = self._kinds[g.choice.kind].absorb_one(g, step, predictions)
+        if outcome.accepted is not None:
+            self._chooser.note(g, num_drafted, outcome.accepted)
+        return outcome
+
+    def num_scratch(self, settings: Settings, traits: Traits) -> int:
+        return LARGEST_STEP
+
+
+def _is_between_rounds(g: Generation) -> bool:
+    """Nothing is drafted that a verification waits for, or only what a quadratic step drafted ahead."""
+    return g.state is None or (g.choice is not None and g.choice.kind == "quadratic")
