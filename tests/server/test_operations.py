@@ -149,16 +149,20 @@ def test_a_client_that_reads_nothing_is_given_up_and_harms_nobody():
 
 
 def test_connections_that_say_nothing_are_bounded_and_closed():
-    limits = ServerLimits(max_connections=20, body_time_s=0.5)
-    with serving(limits=limits) as (url, _), httpx.Client(base_url=url, timeout=30) as http:
+    limits = ServerLimits(max_connections=20, body_time_s=3)
+    with (
+        serving(limits=limits) as (url, _),
+        httpx.Client(base_url=url, timeout=30) as http,
+        contextlib.ExitStack() as open_sockets,
+    ):
         assert http.get("/health").status_code == 200
         host, port = url.removeprefix("http://").split(":")
-        socks = [socket.create_connection((host, int(port))) for _ in range(200)]
+        socks = [open_sockets.enter_context(socket.create_connection((host, int(port)))) for _ in range(200)]
         # the one that was there before is served, whoever else knocks
         assert http.get("/health").status_code == 200
         assert "trimode_connections 20.0" in http.get("/metrics").text
         for sock in socks:
-            sock.settimeout(5)
+            sock.settimeout(15)
             with contextlib.suppress(ConnectionResetError):
                 assert sock.recv(1) == b""
             sock.close()

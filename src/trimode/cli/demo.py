@@ -75,7 +75,7 @@ def _compare(runner: Any, prompt: str, limit: int, tracer: Tracer, *, json: bool
     console.print(terminal.demo_table([outputs[mode].stats.as_dict() for mode in MODES]))
     console.print(Text(LEGEND, style="dim"), soft_wrap=True)
     console.print()
-    console.print(Text(equality(same, str(runner.dtype).removeprefix("torch."))), soft_wrap=True)
+    console.print(Text(equality(same, runner.precision)), soft_wrap=True)
 
 
 def equality(same: bool, dtype: str) -> str:

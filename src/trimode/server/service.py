@@ -105,7 +105,8 @@ class Service:
     # ---- its life ---------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin to serve."""
+        """Begin to serve; what forwards cost is measured first, if `auto` needs it, so that no client waits for that."""
+        self.model.open_answer([self.model.config.bos_token_id or 0], {"mode": "auto", "max_new_tokens": 1})
         self.worker.start()
 
     def stop(self) -> None:
