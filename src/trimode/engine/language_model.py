@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trimode.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
 from trimode.checkpoint.packing import packed_weights
+from trimode.decoding.auto import Auto
 from trimode.decoding.autoregressive import Autoregressive
 from trimode.decoding.block_diffusion import BlockDiffusion, Infill
 from trimode.decoding.generate import Observer, run_to_end
@@ -23,6 +24,7 @@ from trimode.decoding.settings import Settings, check_for_mode, check_with_const
 from trimode.decoding.trace import traced
 from trimode.device import check_memory, pick_device, pick_dtype, set_threads
 from trimode.engine.answer import Answer, AnswerText
+from trimode.engine.cost import MeasuredChooser, cost_table
 from trimode.engine.prompts import check_ids, encode_prompt, is_batch
 from trimode.engine.request import Generated, Infilled, Request, Stats, StreamEvent
 from trimode.engine.runner import Runner
@@ -52,6 +54,8 @@ Backend = Literal["auto", "native", "torch"]
 
 DEFAULT_SPAN_LENGTH = 16
 _NATIVE_DTYPES: dict[torch.dtype, Precision] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_NOT_FOR_AUTO = {"block_length", "block_size", "threshold", "self_spec_kind", "draft_lora"}
+"""Whoever sets one of these has chosen already."""
 _NOT_FOR_INFILL = {
     "mode",
     "logprobs",
@@ -363,6 +367,8 @@ class LanguageModel:
         ids = encode_prompt(prompt, self.tokenizer, self.config, raw=raw, variables=template)
         settings = self._fit(len(ids), settings, "max_new_tokens" in knobs)
         decoder = self._decoders[settings.self_spec_kind if mode == "self_spec" else mode]
+        if settings.mode == "auto" and mode == "self_spec" and not _NOT_FOR_AUTO & set(knobs):
+            decoder = self._auto() or decoder
         return self._begin(ids, settings, mode, decoder, None if grammar is None else grammar.start())
 
     def _answer_of(
@@ -401,6 +407,19 @@ class LanguageModel:
             constraint=constraint,
         )
         return Answer(generation, mode, AnswerText(self.tokenizer, generation), self.notice(mode))
+
+    def _auto(self) -> Decoder | None:
+        """The decoder that chooses by measured cost; None where nothing was loaded that costs could be kept of."""
+        if self._checkpoint is None:
+            return None
+        if "auto" not in self._decoders:
+            traits = self._traits(Settings())
+            table = cost_table(self.forward)
+            chooser = MeasuredChooser(
+                table, has_adapter=traits.adapter_on_draft != "none", first_is_exact=traits.first_is_exact
+            )
+            self._decoders["auto"] = Auto(chooser)
+        return self._decoders["auto"]
 
     def _settings(self, knobs: Mapping[str, Any], *, may_be_tuned: bool = True) -> tuple[Settings, str]:
         """Checked settings, and the mode that `auto` stands for. may_be_tuned: it may be what somebody tuned."""

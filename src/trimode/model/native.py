@@ -168,6 +168,9 @@ class NativeForward:
         """The kernel set that runs."""
         return self._model.kernels
 
+    def describe(self) -> str:
+        return f"native {self.precision}, {self.kernels}, {self.threads} threads"
+
     def load(self, tensors: Mapping[str, Any] | Any) -> None:
         """Take packed matrices and float32 vectors by trimode's names, such as `layers.0.qkv.weight`."""
         for name, value in tensors:
