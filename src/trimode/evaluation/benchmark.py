@@ -155,6 +155,8 @@ class Own:
     def _expects_adapter(self, mode: str, setting: Setting) -> bool:
         if self.model.adapter is None or setting.knobs.get("draft_lora") is False or mode == "ar":
             return False
+        if setting.mode == "auto":  # it may find that no draft pays, round after round
+            return False
         if setting.knobs.get("block_length") == 1:
             return False
         return mode == "self_spec" or self.model.config.adapter_acts_on == "masks"
