@@ -11,8 +11,6 @@ constexpr int kRowsOfTask = 16;    // queries of one head that an attention task
 constexpr int kHeadPanels = 64;    // panels of the output head that are looked at together: 1,024 logits a row lie in the first cache
 constexpr int kTile = 192;         // rows that stay near while the panels pass
 
-int round_up(int n, int to) { return (n + to - 1) / to * to; }
-
 }  // namespace
 
 // ---- cache -----------------------------------------------------------------------------------------------------------------
@@ -52,7 +50,8 @@ void Cache::copy_as(int source, int target, int count) {
 void Model::Floats2d::reserve(int rows, int columns) {
   // behind the last column zeros: products read whole groups. They stay zero, since nobody writes there anything else.
   stride = (size_t)round_up(columns, kGroup);
-  const size_t needed = (size_t)rows * stride + 16;
+  // Behind the last row: what the alignment takes, and what an adapter's last panel reaches beyond it.
+  const size_t needed = (size_t)rows * stride + 32;
   if (memory.size() < needed) memory.assign(needed, 0.0f);
   values = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
 }
@@ -276,10 +275,11 @@ void Model::attend(int index, Cache& cache, const std::vector<Span>& spans) {
     for (int h = 0; h < H; ++h)
       for (int row = 0; row < s.length; row += kRowsOfTask) pieces.push_back({&s, h, row});
   }
+  for (std::vector<float>& scores : scratch_)  // here, where no memory is an error that can be told
+    if (scores.size() < 8 * most) scores.resize(8 * most);
   const auto work = [&](int i, int thread) {
     const auto [span, head, row] = pieces[i];
     std::vector<float>& scores = scratch_[thread];
-    if (scores.size() < 8 * most) scores.resize(8 * most);
     AttentionTask<T> task;
     task.queries = qkv_.row(span->start + row) + (size_t)head * K;
     task.query_stride = qkv_.stride;
@@ -305,7 +305,7 @@ void Model::attend(int index, Cache& cache, const std::vector<Span>& spans) {
 void Model::run(const int* tokens, const int* positions, int n, const std::vector<Span>& spans, Cache& cache,
                 const std::vector<int>& adapted, const std::vector<int>& asked, float* hidden) {
   const int D = config.width, I = config.mlp_width, q = config.num_heads * config.head_size;
-  threads_.begin();
+  const Threads::Awake awake(threads_);
   reserve(n);
   for (int i = 0; i < n; ++i) {
     grow_rotations(positions[i]);
@@ -339,13 +339,12 @@ void Model::run(const int* tokens, const int* positions, int n, const std::vecto
     kernels->rms_norm(x_.row(asked[i]), norm.data(), D, config.norm_eps, final_.row(0));
     std::memcpy(hidden + i * D, final_.row(0), (size_t)D * 4);
   }
-  threads_.end();
 }
 
 void Model::head(const float* hidden, int count, int but, float* logits, size_t stride, int* best, float* logsumexp) {
   const Weights& w = output_head.is_set() ? output_head : embedding;
   const Matrix& m = w.matrix;
-  threads_.begin();
+  const Threads::Awake awake(threads_);
   final_.reserve(count, config.width);
   for (int r = 0; r < count; ++r) std::memcpy(final_.row(r), hidden + (size_t)r * config.width, (size_t)config.width * 4);
   const Rows x = prepare(final_, count, config.width, is_quantized(w), prepared_final_);
@@ -390,7 +389,6 @@ void Model::head(const float* hidden, int count, int but, float* logits, size_t 
         break;
       }
   }
-  threads_.end();
 }
 
 }  // namespace trimode

@@ -41,12 +41,15 @@ struct Weights {
   bool is_set() const { return matrix.data != nullptr; }
 };
 
+inline int round_up(int n, int to) { return (n + to - 1) / to * to; }
+
 Matrix shape_of(Format format, int num_outputs, int num_inputs);
 Weights make_weights(Format format, int num_outputs, int num_inputs);
 // rows [first, first + count) from floats [count][num_inputs]; quantised to the format if it is one of integers
 void pack_floats(Weights&, int first, int count, const float* rows);
 // the same, exactly, from GGUF's blocks of 32 (Q8_0 for u8; Q4_0 and Q4_1 for u4); row i of the blocks is row order[i]
 enum class Blocks : int { q4_0 = 2, q4_1 = 3, q8_0 = 8 };
+size_t row_bytes(Blocks encoding, int num_inputs);
 void pack_blocks(Weights&, Blocks encoding, const std::vector<int>& order, const uint8_t* raw);
 // one row back as floats
 void unpack_row(const Matrix&, int row, float* out);
@@ -76,6 +79,7 @@ class Cache {
   size_t num_bytes() const { return keys_.size() + values_.size(); }
   bool is_half() const { return is_half_; }
   int num_positions() const { return num_positions_; }
+  bool is_of(const Config& c) const { return num_layers_ == c.num_layers && num_heads_ == c.num_kv_heads && head_size_ == c.head_size; }
 
   template <typename T>
   T* keys(int layer, int head) const {

@@ -53,43 +53,97 @@ struct PyMatrix {
   py::object borrowed;  // keeps a mapped file open
 };
 
+void require(bool sound, const char* fault) {
+  if (!sound) throw std::invalid_argument(fault);
+}
+
+constexpr int kMost = 1 << 28;  // of any one size: sums of a few stay within an int
+
+Format checked_format(int format, int outputs, int inputs) {
+  require(format >= (int)Format::f32 && format <= (int)Format::u4, "there is no such format");
+  require(outputs > 0 && outputs <= kMost && inputs > 0 && inputs <= kMost, "a matrix has no such size");
+  return (Format)format;
+}
+
 PyMatrix borrow(int format, int outputs, int inputs, py::buffer buffer) {
+  const Format known = checked_format(format, outputs, inputs);
   const py::buffer_info info = buffer.request();
+  require(PyBuffer_IsContiguous(info.view(), 'C'), "the bytes of a packed matrix lie apart");
   PyMatrix m{std::make_shared<Weights>(), buffer};
-  m.weights->matrix = shape_of((Format)format, outputs, inputs);
+  m.weights->matrix = shape_of(known, outputs, inputs);
   const size_t needed = m.weights->matrix.panel_bytes * m.weights->matrix.num_panels;
   if ((size_t)(info.size * info.itemsize) != needed) throw std::invalid_argument("a packed matrix of this shape has other bytes");
   m.weights->matrix.data = static_cast<const uint8_t*>(info.ptr);
   return m;
 }
 
+bool is_sized(const Weights& w, int outputs, int inputs) {
+  return w.is_set() && w.matrix.num_outputs == outputs && w.matrix.num_inputs == inputs;
+}
+
+int inputs_of(const Config& c, int place) {
+  require(place >= 0 && place < kPlaces, "a layer has no such map");
+  return place == kOutput ? c.num_heads * c.head_size : place == kDown ? c.mlp_width : c.width;
+}
+
+int outputs_of(const Config& c, int place) {
+  return place == kQkv ? (c.num_heads + 2 * c.num_kv_heads) * c.head_size : place == kGateUp ? 2 * c.mlp_width : c.width;
+}
+
+void check(const Config& c, int num_threads) {
+  bool sound = true;
+  for (int size : {c.vocab_size, c.width, c.mlp_width, c.num_layers, c.num_heads, c.num_kv_heads, c.head_size})
+    sound = sound && size > 0 && size <= kMost;
+  sound = sound && (int64_t)(c.num_heads + 2 * (int64_t)c.num_kv_heads) * c.head_size <= kMost && c.num_layers <= 1 << 16;
+  require(sound && c.num_heads % c.num_kv_heads == 0, "a model has no such sizes");
+  require(c.head_size % 2 == 0 && (int)c.frequencies.size() == c.head_size / 2, "a frequency for each two of a head is needed");
+  require(num_threads >= 1 && num_threads <= 4096, "a model has from 1 to 4,096 threads");
+}
+
+bool is_complete(const Model& m) {
+  bool sound = m.embedding.is_set() && !m.norm.empty();
+  for (const Layer& layer : m.layers) {
+    sound = sound && !layer.attention_norm.empty();
+    for (const Weights& w : layer.maps) sound = sound && w.is_set();
+  }
+  return sound;
+}
+
 // whatever would reach beyond memory; everything else is the caller's business
 void check(const Config& config, const IntArray& tokens, const IntArray& positions, const std::vector<Span>& spans, const Cache& cache,
            const std::vector<int>& adapted, const std::vector<int>& asked) {
   const int n = (int)tokens.size();
-  bool sound = n > 0 && positions.size() == n;
+  bool sound = n > 0 && positions.size() == n && cache.is_of(config);
   for (int i = 0; sound && i < n; ++i)
-    sound = tokens.data()[i] >= 0 && tokens.data()[i] < config.vocab_size && positions.data()[i] >= 0;
-  int covered = 0;
+    sound = tokens.data()[i] >= 0 && tokens.data()[i] < config.vocab_size && positions.data()[i] >= 0 && positions.data()[i] < 1 << 24;
+  int64_t covered = 0;
   for (const Span& s : spans) {
     sound = sound && s.start == covered && s.length > 0 && s.cached >= 0 && s.first_position >= 0 && s.first_position % kLanes == 0 &&
-            s.first_position + s.cached + s.length <= cache.num_positions();
+            (int64_t)s.first_position + s.cached + s.length <= cache.num_positions();
     covered += s.length;
   }
-  for (const std::vector<int>* places : {&adapted, &asked})
-    for (int i : *places) sound = sound && i >= 0 && i < n;
+  for (int i : asked) sound = sound && i >= 0 && i < n;
+  int before = -1;
+  for (int i : adapted) {  // each once, in order: rows are moved up to their place among the adapted ones
+    sound = sound && i > before && i < n;
+    before = i;
+  }
   if (!sound || covered != n) throw std::invalid_argument("a forward names tokens, inputs or cache positions that do not exist");
 }
 
-std::vector<float> floats(const py::object& array) {
+// none, or so many
+std::vector<float> floats(const py::object& array, int size) {
   if (array.is_none()) return {};
   const FloatArray values = FloatArray::ensure(array);
+  if (!values) throw py::error_already_set();
+  require(values.size() == size, "a vector has another length");
   return {values.data(), values.data() + values.size()};
 }
 
 // padded for kernels that read 16 at a time
-std::vector<float> padded(const py::object& array) {
-  std::vector<float> values = floats(array);
+std::vector<float> padded(const py::object& array, int size) {
+  std::vector<float> values = floats(array, size);
+  require(!values.empty(), "a norm is needed");
   values.resize((values.size() + 15) / 16 * 16, 0.0f);
   return values;
 }
@@ -105,11 +159,15 @@ PYBIND11_MODULE(_native, m) {
 
   py::class_<PyMatrix>(m, "Matrix")
       .def(py::init([](int format, int outputs, int inputs) {
-        return PyMatrix{std::make_shared<Weights>(make_weights((Format)format, outputs, inputs)), py::none()};
+        return PyMatrix{std::make_shared<Weights>(make_weights(checked_format(format, outputs, inputs), outputs, inputs)), py::none()};
       }))
       .def_static("borrow", &borrow)
       .def("pack_floats",
            [](PyMatrix& self, int first, FloatArray rows) {
+             const Matrix& m = self.weights->matrix;
+             require(self.borrowed.is_none() && rows.ndim() == 2 && rows.shape(1) == m.num_inputs && first >= 0 &&
+                         rows.shape(0) <= m.num_outputs - first,
+                     "rows that a matrix has not, or of another length");
              const int count = (int)rows.shape(0);
              py::gil_scoped_release release;
              pack_floats(*self.weights, first, count, rows.data());
@@ -117,11 +175,20 @@ PYBIND11_MODULE(_native, m) {
       .def("pack_blocks",
            [](PyMatrix& self, int encoding, std::vector<int> order, py::buffer raw) {
              const py::buffer_info info = raw.request();
+             const Matrix& m = self.weights->matrix;
+             const bool is_u4 = encoding == (int)Blocks::q4_0 || encoding == (int)Blocks::q4_1;
+             require(is_u4 ? m.format == Format::u4 : encoding == (int)Blocks::q8_0 && m.format == Format::u8,
+                     "blocks of another encoding than the matrix");
+             bool sound = self.borrowed.is_none() && m.num_inputs % kGroup == 0 && PyBuffer_IsContiguous(info.view(), 'C') &&
+                          (size_t)(info.size * info.itemsize) == order.size() * row_bytes((Blocks)encoding, m.num_inputs);
+             for (int row : order) sound = sound && row >= 0 && row < m.num_outputs;
+             require(sound, "rows that a matrix has not, or of another length");
              py::gil_scoped_release release;
              pack_blocks(*self.weights, (Blocks)encoding, order, static_cast<const uint8_t*>(info.ptr));
            })
       .def("row",
            [](const PyMatrix& self, int row) {
+             require(row >= 0 && row < self.weights->matrix.num_outputs, "a matrix has no such row");
              py::array_t<float> out(self.weights->matrix.num_inputs);
              unpack_row(self.weights->matrix, row, out.mutable_data());
              return out;
@@ -134,7 +201,13 @@ PYBIND11_MODULE(_native, m) {
       });
 
   py::class_<Cache>(m, "Cache")
-      .def("copy", &Cache::copy, py::call_guard<py::gil_scoped_release>())
+      .def("copy",
+           [](Cache& self, int source, int target, int count) {
+             for (int64_t place : {source, target})
+               require(place >= 0 && place % kLanes == 0 && count >= 0 && place + count <= self.num_positions(), "a cache has no such places");
+             py::gil_scoped_release release;
+             self.copy(source, target, count);
+           })
       .def_property_readonly("num_bytes", &Cache::num_bytes);
 
   py::class_<Model>(m, "Model")
@@ -142,38 +215,65 @@ PYBIND11_MODULE(_native, m) {
                        float norm_eps, float rope_scale, float llama4_beta, int original_positions, FloatArray frequencies,
                        int num_threads, const std::string& kernels) {
         Config c{vocab_size, width,       mlp_width,          num_layers,         num_heads, num_kv_heads, head_size, norm_eps,
-                 rope_scale, llama4_beta, original_positions, floats(frequencies)};
+                 rope_scale, llama4_beta, original_positions, floats(frequencies, (int)frequencies.size())};
+        check(c, num_threads);
+        require(original_positions > 0, "a model has no such sizes");
         return std::make_unique<Model>(std::move(c), num_threads, kernels_named(kernels));
       }))
       .def("make_cache",
-           [](const Model& self, int num_positions, bool is_half) { return std::make_unique<Cache>(self.config, num_positions, is_half); })
-      .def("set_embedding", [](Model& self, const PyMatrix& w) { self.embedding = *w.weights; }, py::keep_alive<1, 2>())
-      .def("set_head", [](Model& self, const PyMatrix& w) { self.output_head = *w.weights; }, py::keep_alive<1, 2>())
-      .def("set_norm", [](Model& self, py::object w) { self.norm = padded(w); })
+           [](const Model& self, int num_positions, bool is_half) {
+             require(num_positions > 0 && num_positions <= kMost, "a cache has no such size");
+             return std::make_unique<Cache>(self.config, num_positions, is_half);
+           })
+      .def("set_embedding",
+           [](Model& self, const PyMatrix& w) {
+             require(is_sized(*w.weights, self.config.vocab_size, self.config.width), "the embedding has another size");
+             self.embedding = *w.weights;
+           },
+           py::keep_alive<1, 2>())
+      .def("set_head",
+           [](Model& self, const PyMatrix& w) {
+             require(is_sized(*w.weights, self.config.vocab_size, self.config.width), "the head has another size");
+             self.output_head = *w.weights;
+           },
+           py::keep_alive<1, 2>())
+      .def("set_norm", [](Model& self, py::object w) { self.norm = padded(w, self.config.width); })
       .def("set_norms",
            [](Model& self, int layer, py::object attention, py::object mlp, py::object q, py::object k) {
-             self.layers.at(layer).attention_norm = padded(attention);
-             self.layers.at(layer).mlp_norm = padded(mlp);
-             self.layers.at(layer).q_norm = floats(q);
-             self.layers.at(layer).k_norm = floats(k);
+             Layer& into = self.layers.at(layer);
+             into.attention_norm = padded(attention, self.config.width);
+             into.mlp_norm = padded(mlp, self.config.width);
+             into.q_norm = floats(q, self.config.head_size);
+             into.k_norm = floats(k, self.config.head_size);
            })
       .def("set_map",
            [](Model& self, int layer, int place, const PyMatrix& w, py::object bias) {
+             const int inputs = inputs_of(self.config, place), outputs = outputs_of(self.config, place);
+             require(is_sized(*w.weights, outputs, inputs), "a map has another size");
              self.layers.at(layer).maps[place] = *w.weights;
-             self.layers.at(layer).biases[place] = floats(bias);
+             self.layers.at(layer).biases[place] = floats(bias, outputs);
            },
            py::keep_alive<1, 4>())
       .def("set_adapter",
            [](Model& self, int layer, int place, const PyMatrix& a, const std::vector<std::tuple<PyMatrix, int, int>>& parts) {
-             AdapterGroup& group = self.layers.at(layer).adapters[place];
-             group.a = *a.weights;
-             group.parts.clear();
-             for (const auto& [b, column, output] : parts) group.parts.push_back({*b.weights, column, output});
-           })
+             const int inputs = inputs_of(self.config, place), outputs = outputs_of(self.config, place);
+             const Matrix& low = a.weights->matrix;
+             require(is_sized(*a.weights, low.num_outputs, inputs) && !parts.empty(), "an adapter has another size");
+             AdapterGroup group{*a.weights, {}};
+             for (const auto& [b, column, output] : parts) {
+               const Matrix& m = b.weights->matrix;
+               require(column >= 0 && column % kGroup == 0 && m.padded_inputs <= round_up(low.num_outputs, kGroup) - column && output >= 0 &&
+                           m.num_outputs <= outputs - output,
+                       "an adapter has another size");
+               group.parts.push_back({*b.weights, column, output});
+             }
+             self.layers.at(layer).adapters[place] = std::move(group);
+           },
+           py::keep_alive<1, 4>(), py::keep_alive<1, 5>())
       .def("set_adapter_scale",
            [](Model& self, float scale, py::object mask_embedding) {
+             self.mask_embedding = floats(mask_embedding, self.config.width);
              self.adapter_scale = scale;
-             self.mask_embedding = floats(mask_embedding);
            })
       .def("run",
            [](Model& self, IntArray tokens, IntArray positions, const std::vector<std::tuple<int, int, int, int, py::object>>& spans,
@@ -184,10 +284,12 @@ PYBIND11_MODULE(_native, m) {
                Span span{start, length, first, cached, nullptr};
                if (!seen.is_none()) {
                  visible.push_back(py::array_t<uint8_t, py::array::c_style>::ensure(seen));
+                 require((bool)visible.back() && visible.back().size() == (py::ssize_t)length * length, "a view has another size");
                  span.visible = visible.back().data();
                }
                rows.push_back(span);
              }
+             require(is_complete(self), "the model lacks weights");
              check(self.config, tokens, positions, rows, cache, adapted, asked);
              py::array_t<float> hidden({(py::ssize_t)asked.size(), (py::ssize_t)self.config.width});
              float* const out = hidden.mutable_data();
@@ -199,6 +301,10 @@ PYBIND11_MODULE(_native, m) {
            })
       .def("head",
            [](Model& self, FloatArray hidden, int but, py::array_t<float, py::array::c_style> logits) {
+             require(self.embedding.is_set() && hidden.ndim() == 2 && hidden.shape(1) == self.config.width && hidden.shape(0) <= kMost,
+                     "hidden states of another width");
+             require(logits.ndim() == 2 && logits.shape(0) >= hidden.shape(0) && logits.shape(1) >= round_up(self.config.vocab_size, kLanes),
+                     "too little room for the logits");
              const int count = (int)hidden.shape(0);
              py::array_t<int> best(count);
              py::array_t<float> logsumexp(count);
@@ -211,7 +317,8 @@ PYBIND11_MODULE(_native, m) {
                self.head(hidden.data(), count, but, out, stride, b, l);
              }
              return py::make_tuple(best, logsumexp);
-           })
+           },
+           py::arg("hidden"), py::arg("but"), py::arg("logits").noconvert())
       .def_property_readonly("num_threads", &Model::num_threads)
       .def_property_readonly("kernels", [](const Model& self) { return self.kernels->name; });
 }

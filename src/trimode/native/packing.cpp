@@ -51,8 +51,6 @@ Block::Block(size_t bytes) : bytes_(bytes) {
 
 namespace {
 
-int round_up(int n, int to) { return (n + to - 1) / to * to; }
-
 int bytes_per_group(Format format) { return format == Format::u4 ? kGroup * kLanes / 2 : kGroup * kLanes; }
 
 uint8_t* panel_of(Weights& w, int row) { return w.own.data() + (size_t)(row / kLanes) * w.matrix.panel_bytes; }
@@ -147,6 +145,11 @@ void pack_floats(Weights& w, int first, int count, const float* rows) {
       }
     }
   }
+}
+
+size_t row_bytes(Blocks encoding, int num_inputs) {
+  const size_t block = encoding == Blocks::q8_0 ? 2 + kGroup : (encoding == Blocks::q4_1 ? 4 : 2) + kGroup / 2;
+  return num_inputs / kGroup * block;
 }
 
 void pack_blocks(Weights& w, Blocks encoding, const std::vector<int>& order, const uint8_t* raw) {

@@ -1,6 +1,8 @@
 #include "threads.h"
 
 #include <unistd.h>
+
+#include <system_error>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -29,7 +31,10 @@ void Threads::begin() {
     helpers_->process = (int)getpid();
     next_.store(0);
     num_chunks_.store(0);
-    for (int i = 1; i < count_; ++i) helpers_->threads.emplace_back([this, i, own = helpers_] { work_on(i, own); });
+    try {
+      for (int i = 1; i < count_; ++i) helpers_->threads.emplace_back([this, i, own = helpers_] { work_on(i, own); });
+    } catch (const std::system_error&) {  // the system grants no more: fewer do the same work
+    }
   }
   {
     std::lock_guard<std::mutex> lock(helpers_->mutex);

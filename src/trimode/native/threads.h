@@ -20,9 +20,17 @@ class Threads {
 
   int count() const { return count_; }
 
-  // Helpers wake at the first call after `end`, and are made anew in a forked child, where they do not exist.
-  void begin();
-  void end();
+  // Helpers are awake while one of these lives; they are made anew in a forked child, where they do not exist.
+  class Awake {
+   public:
+    explicit Awake(Threads& threads) : threads_(threads) { threads_.begin(); }
+    ~Awake() { threads_.end(); }
+    Awake(const Awake&) = delete;
+    Awake& operator=(const Awake&) = delete;
+
+   private:
+    Threads& threads_;
+  };
 
   // work(chunk, thread) for each chunk in [0, num_chunks), in any order, on any threads; returns when all are done.
   template <typename Work>
@@ -44,6 +52,8 @@ class Threads {
     int process = 0;  // that made them
   };
 
+  void begin();
+  void end();
   using Call = void (*)(void*, int, int);
   void run_shared(Call call, void* context, int num_chunks);
   void work_on(int thread, Helpers* helpers);
