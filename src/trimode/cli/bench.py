@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from trimode.cli import screen
-from trimode.cli.options import Device, Dtype, Json, Threads, given, parse, whole_number
+from trimode.cli.options import Device, Dtype, Json, Quantize, Threads, given, parse, whole_number
 from trimode.errors import DataError, SettingError
 from trimode.viz import terminal
 
@@ -39,6 +39,7 @@ def bench(
     ] = "runs/bench",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
     dtype: Dtype = None,
+    quantize: Quantize = None,
     device: Device = None,
     threads: Threads = None,
     json: Json = False,
@@ -63,7 +64,7 @@ def bench(
     texts = read_bench_prompts(None if prompts is None else Path(prompts), limit=most)
     from trimode.evaluation import benchmark
 
-    runner = screen.load(model, dtype=dtype, device=device, threads=threads)
+    runner = screen.load(model, dtype=dtype, device=device, threads=threads, quantize=quantize)
     benchmark.probe_adapter(runner)
     settings = [benchmark.Setting(mode=mode, knobs=knobs) for mode, knobs in chosen]
     contestants: dict[str, Any] = {"trimode": benchmark.Own(runner)}

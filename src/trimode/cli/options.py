@@ -22,6 +22,7 @@ __all__ = [
     "Json",
     "Knob",
     "ModelName",
+    "Quantize",
     "Stats",
     "Threads",
     "given",
@@ -104,6 +105,15 @@ Dtype = Annotated[
     str | None,
     typer.Option(
         "--dtype", metavar="NAME", rich_help_panel="Model", help="float32, bfloat16, ...; chosen if not given."
+    ),
+]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        "--quantize",
+        metavar="NAME",
+        rich_help_panel="Model",
+        help="int8 or none; int8 on the CPU if not given, unless the checkpoint is in float32.",
     ),
 ]
 Device = Annotated[

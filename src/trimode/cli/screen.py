@@ -81,20 +81,19 @@ def say(message: str | Text) -> None:
     errors_console().print(message, soft_wrap=True)
 
 
-def load(name: str, *, dtype: str | None, device: str | None, threads: str | None) -> Any:
+def load(name: str, *, dtype: str | None, device: str | None, threads: str | None, quantize: str | None = None) -> Any:
     """Load a model, saying so while it lasts. The first thing that imports torch."""
     num_threads = None if threads is None else whole_number(threads, "--threads", low=1)
     console = errors_console()
     with console.status(f"Loading {name}") if console.is_terminal else nullcontext():
         import trimode
 
-        return trimode.load(name, dtype=dtype, device=device, threads=num_threads)
+        return trimode.load(name, dtype=dtype, device=device, threads=num_threads, quantize=quantize)
 
 
 def title(model: Any) -> Text:
     """One line: which model this is and how it runs."""
-    dtype = str(model.dtype).removeprefix("torch.")
-    rest = f" · {model.num_parameters:,} parameters · {dtype} on {model.device}"
+    rest = f" · {model.num_parameters:,} parameters · {model.precision} on {model.device}"
     return Text.assemble((str(model.name), "bold"), (rest, "dim"))
 
 

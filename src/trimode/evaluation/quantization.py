@@ -55,7 +55,12 @@ def load_variant(reference: Any, name: str) -> Logits:
     import trimode
 
     if name == "int8":
-        return trimode.load(reference.name, device=reference.device, quantize="int8").logits
+        model = trimode.load(reference.name, device=reference.device, quantize="int8")
+        if model.precision != "int8":
+            raise SettingError(
+                f"The variant int8 needs the native engine, and here it runs in {model.precision}. Leave it out."
+            )
+        return model.logits
     return trimode.load(reference.name, device=reference.device, dtype=name).logits
 
 
@@ -136,15 +141,15 @@ def _row(name: str, view: str, windows: Sequence[Sequence[dict[str, Any]]]) -> d
 
 def _through_q8_0(reference: Any) -> Any:
     """The same model with each linear map's weights rounded to q8_0 and back."""
+    from trimode.checkpoint import open_checkpoint
     from trimode.engine.language_model import LanguageModel
     from trimode.model.transformer import Transformer
 
+    # from the checkpoint: the reference may run in the native engine, which keeps no plain tensors
+    tensors = open_checkpoint(reference.name).tensors(dtype=torch.float32, device=reference.device)
     rounded = Transformer(reference.config, dtype=torch.float32)
     rounded.load(
-        (
-            (name, _rounded(tensor) if _is_linear(name) else tensor)
-            for name, tensor in reference.transformer.dense_tensors()
-        ),
+        ((name, _rounded(tensor) if _is_linear(name) else tensor) for name, tensor in tensors),
         pack=reference.device.type == "cpu",
     )
     return LanguageModel(reference.name, rounded.eval(), reference.tokenizer, adapter=reference.adapter)
