@@ -15,7 +15,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench docs adapter
+.PHONY: help setup demo test check bench results docs adapter
 .DELETE_ON_ERROR:
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo 'make check   format, lint and types'
 	@echo 'make bench   speed on this machine'
 	@echo 'make adapter train the embedded model'\''s adapter again, in runs/ (hours; continues where it was stopped)'
+	@echo 'make results rewrite docs/results.md and its pictures from the reports in docs/results'
 	@echo 'make docs    rewrite docs/commands.md from the help pages'
 	@echo 'make setup   only make the environment, in .venv'
 
@@ -47,6 +48,9 @@ check: .venv/.ready-check
 
 bench: .venv/.ready-test
 	$(BIN)/python benchmarks/speed.py
+
+results: .venv/.ready-test
+	$(BIN)/python -m trimode.viz.report docs/results docs/results.md
 
 docs: .venv/.ready
 	$(BIN)/python -m trimode.cli.pages docs/commands.md

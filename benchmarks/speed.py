@@ -16,8 +16,8 @@ import torch
 
 import trimode
 from trimode.checkpoint import open_checkpoint
-from trimode.model.attention import CachedAttention, Span
-from trimode.model.cache import KeyValueCache
+from trimode.model.attention import Span
+from trimode.model.forward import Inputs
 from trimode.model.views import Causal
 
 PROMPTS = [
@@ -97,23 +97,26 @@ def time_theirs(peer, prompt_ids, num_tokens):
     return time.perf_counter() - start, out[0, ids.shape[1] :].tolist()
 
 
-@torch.inference_mode()
 def forward_costs(model, rounds: int, num_cached: int = 256) -> dict:
     """Milliseconds of a causal forward over T positions behind a cached prefix, all logits included."""
-    config = model.config
-    cache = KeyValueCache(config, [num_cached + max(NUM_POSITIONS)], dtype=model.dtype)
+    cache = model.forward.make_cache([num_cached + max(NUM_POSITIONS)])
     times: dict[int, list[float]] = {T: [] for T in NUM_POSITIONS}
+    forward(model, cache, 0, num_cached)
     for round_ in range(-2, rounds):
         for T in NUM_POSITIONS:
-            tokens = torch.arange(5, 5 + T)
-            positions = torch.arange(num_cached, num_cached + T)
             start = time.perf_counter()
-            attend = CachedAttention([Span(0, T, 0, num_cached, Causal())], cache, "sdpa", "cpu")
-            model.transformer.logits(model.transformer(tokens, positions, attend))
+            forward(model, cache, num_cached, T)
             if round_ >= 0:
                 times[T].append(1e3 * (time.perf_counter() - start))
     ratios = {T: statistics.median(a / b for a, b in zip(times[T], times[1], strict=True)) for T in NUM_POSITIONS}
     return {"ms": {T: statistics.median(times[T]) for T in NUM_POSITIONS}, "ratio_to_one": ratios}
+
+
+def forward(model, cache, num_cached: int, num: int) -> None:
+    span = Span(start=0, length=num, slot=0, cached=num_cached, view=Causal())
+    positions = range(num_cached, num_cached + num)
+    inputs = Inputs(tokens=range(5, 5 + num), positions=positions, spans=[span], asked=list(range(num)))
+    model.forward(inputs, cache).answers(0, num)
 
 
 def as_text(report: dict) -> str:

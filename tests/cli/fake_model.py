@@ -49,7 +49,8 @@ class FakeModel:
     def __init__(self, name="fake", *, tokenizer=True, pause_s=0.0, answer=ANSWER, interrupt_after=None, differs=False):
         self.name = name
         self.config = SimpleNamespace(trained_for_blocks=False, mask_token_id=3, block_length=8, max_positions=64)
-        self.dtype, self.precision, self.device, self.adapter = "torch.float32", "float32", "cpu", None
+        self.precision, self.device, self.adapter = "float32", "cpu", None
+        self.forward = SimpleNamespace(describe=lambda: "fake float32, 2 threads")
         self.tokenizer = object() if tokenizer else None
         self.num_parameters = 134_515_008
         self.pause_s, self.words, self.interrupt_after, self.differs = pause_s, answer, interrupt_after, differs

@@ -11,6 +11,7 @@ def test_every_mode_answers_under_its_heading_and_a_table_closes(cli, model):
     assert [heading.strip("─ ") for heading in headings if heading.strip("─ ")] == ["ar", "diffusion", "self_spec"]
     assert ended.stdout.count("That is all.") == 3
     assert "tokens/forward" in ended.stdout
+    assert "forwards: those that read the prompt" in ended.stdout
     assert lines[-1] == "self_spec's text equals ar's, token for token."
 
 

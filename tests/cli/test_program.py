@@ -32,7 +32,7 @@ def spawn(*arguments, pause_s=0.0, **settings):
     )
 
 
-@pytest.mark.parametrize("name", ["", "generate", "chat", "info", "demo"])
+@pytest.mark.parametrize("name", ["", "generate", "chat", "serve", "info", "demo"])
 def test_help_is_quick_and_imports_nothing_heavy(name):
     code = (
         "import sys; from trimode.cli.app import run; status = run(sys.argv[1:]);"

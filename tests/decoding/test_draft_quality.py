@@ -6,11 +6,11 @@ these tests run the real runner and the real decoders over a model that knows it
 
 import pytest
 import torch
-from torch import nn
 
 from tests.worlds import EOS, MASK, tiny_config
 from trimode.engine.language_model import LanguageModel
-from trimode.model.forward import TorchForward
+from trimode.model.cache import KeyValueCache
+from trimode.model.forward import Answers
 
 V = 40
 PROMPT = [5, 6, 7]
@@ -22,36 +22,50 @@ def text_at(position: int) -> int:
 
 
 class ByHeart:
-    """Stands in for the transformer. A causal row knows what follows it; a mask knows its own place, or the next one if `shifted`.
+    """Stands in for an engine. A causal row knows what follows it; a mask knows its own place, or the next one if `shifted`.
 
     With `needs_neighbour`, a mask whose left neighbour is a mask too has but a wrong and faint idea.
     """
 
+    dtype, device, precision = torch.float32, torch.device("cpu"), "float32"
+
     def __init__(self, config, *, shifted: bool, needs_neighbour: bool = False) -> None:
         self.config = config
-        self.embedding = nn.Embedding(1, 1)
         self._shifted = shifted
         self._needs_neighbour = needs_neighbour
 
-    def __call__(self, tokens, positions, attend, *, lora=None, lora_rows=None):
-        logits = torch.zeros(len(tokens), V)
-        rows = list(zip(tokens.tolist(), positions.tolist(), strict=True))
+    def describe(self):
+        return "by heart"
+
+    def make_cache(self, lengths):
+        return KeyValueCache(self.config, lengths, dtype=torch.float32)
+
+    def __call__(self, inputs, cache):
+        logits = torch.zeros(len(inputs.tokens), V)
+        rows = list(zip(inputs.tokens, inputs.positions, strict=True))
         for i, (token, position) in enumerate(rows):
             place = position if token == MASK and not self._shifted else position + 1
             strength, known = 20.0, text_at(place)
             if self._needs_neighbour and token == MASK and (MASK, position - 1) in rows[i - 1 : i]:
                 strength, known = 1.0, text_at(place + 1)
             logits[i, known] = strength
-        return logits
+        return Known(logits[inputs.asked])
 
-    def logits(self, hidden):
-        return hidden
+
+class Known:
+    def __init__(self, logits) -> None:
+        self._logits = logits
+
+    def answers(self, start, stop):
+        return Answers(self._logits[start:stop])
+
+    def logits(self, start, stop):
+        return self._logits[start:stop]
 
 
 def model(predicts="self", causal=False, *, needs_neighbour=False):
     config = tiny_config(vocab_size=V, block_predicts=predicts, known_tokens_are_causal=causal)
-    heart = ByHeart(config, shifted=predicts == "next", needs_neighbour=needs_neighbour)
-    return LanguageModel("by heart", TorchForward(heart))
+    return LanguageModel("by heart", ByHeart(config, shifted=predicts == "next", needs_neighbour=needs_neighbour))
 
 
 WAYS = [("self", False), ("self", True), ("next", False), ("next", True)]

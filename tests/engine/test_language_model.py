@@ -361,9 +361,9 @@ def test_weights_that_can_never_fit_are_refused_before_any_is_read(monkeypatch):
     monkeypatch.setattr(device, "memory_bytes", lambda: 4 * 111_936 - 1)
     monkeypatch.setattr("trimode.engine.language_model.Transformer", None)  # nothing is made of them
     with pytest.raises(MachineTooSmallError, match=r"this machine has 0\.0 GB"):
-        trimode.load(golden)
+        trimode.load(golden, backend="torch")
     monkeypatch.undo()
     monkeypatch.setattr(device, "memory_bytes", lambda: 4 * 111_936 - 1)
-    assert trimode.load(golden, dtype="bfloat16").dtype == torch.bfloat16
+    assert trimode.load(golden, dtype="bfloat16", backend="torch").dtype == torch.bfloat16
     monkeypatch.setattr(device, "memory_bytes", lambda: None)  # a system that does not say
-    assert trimode.load(golden).dtype == torch.float32
+    assert trimode.load(golden, backend="torch").dtype == torch.float32

@@ -5,10 +5,13 @@ import itertools
 import pytest
 import torch
 
+import trimode
 from tests.evaluation.block_view import KINDS, block_row, kind_of_model, logprob
+from tests.evaluation.speaking import speaking_model
 from tests.worlds import MASK, tiny_model
 from trimode.errors import PromptError, SettingError
 from trimode.evaluation.likelihood import autoregressive_score, diffusion_score
+from trimode.model import native
 
 CONTEXT = [5, 6, 7]
 TARGET = [8, 19, 10, 11, 32, 13, 14, 5, 16, 30]
@@ -95,6 +98,23 @@ def test_the_bound_lies_below_the_likelihood_of_a_block_by_enumeration():
         for b in range(6)
     )
     assert 0.1 < float(total) <= 1.0 + 1e-5
+
+
+@pytest.mark.skipif(not native.available(), reason=native.WHY_MISSING)
+@pytest.mark.parametrize("block_length", [4, 7])
+def test_the_native_engine_gives_the_same_scores(tmp_path, block_length):
+    """Its cache lies in pieces of 16 positions, which a text of 40 crosses at every offset."""
+    model = speaking_model()
+    model.save(tmp_path / "m")
+    other = trimode.load(tmp_path / "m", dtype="float32", backend="native")
+    assert other.forward.precision == "float32"
+    text = [4 + (7 * i) % 30 for i in range(40)]
+    for num_context in (1, 15, 17):
+        sides = text[:num_context], text[num_context:]
+        exact = [autoregressive_score(m, *sides).total for m in (model, other)]
+        bounds = [diffusion_score(m, *sides, samples=3, block_length=block_length).total for m in (model, other)]
+        assert exact[0] == pytest.approx(exact[1], abs=2e-3)
+        assert bounds[0] == pytest.approx(bounds[1], abs=2e-3)
 
 
 def test_mistakes_are_told():

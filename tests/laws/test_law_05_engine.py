@@ -127,16 +127,13 @@ def test_a_prefix_that_was_read_once_is_not_read_again():
 def test_a_long_prompt_is_read_in_pieces_while_others_decode():
     engine = Engine(MODELS[0], EngineLimits(prefill_inputs=10))
     sizes = []
-    whole = engine._runner
+    whole = engine._run
 
-    class Watched:
-        admit, dismiss = whole.admit, whole.dismiss
+    def watched(generations, steps):
+        sizes.append(sum(len(s.tokens) for s in steps))
+        return whole(generations, steps)
 
-        def __call__(self, generations, steps):
-            sizes.append(sum(len(s.tokens) for s in steps))
-            return whole(generations, steps)
-
-    engine._runner = Watched()
+    engine._run = watched
     told = []
     for i in range(3):
         answer = engine.model.open_answer([5, i], {"mode": "ar", "max_new_tokens": 60, "ignore_eos": True})
@@ -163,19 +160,16 @@ def test_clients_take_turns_in_the_queue():
 
 def test_a_failing_forward_ends_its_requests_and_the_engine_goes_on(caplog):
     engine = Engine(MODELS[0])
-    whole = engine._runner
+    whole = engine._run
 
-    class Broken:
-        admit, dismiss = whole.admit, whole.dismiss
+    def broken(generations, steps):
+        raise RuntimeError("out of luck")
 
-        def __call__(self, generations, steps):
-            raise RuntimeError("out of luck")
-
-    engine._runner = Broken()
+    engine._run = broken
     (out,) = run(engine, ([5], {"mode": "ar"}))
     assert out.finish_reason == "error"
     assert "out of luck" in caplog.text
-    engine._runner = whole
+    engine._run = whole
     (out,) = run(engine, ([5], {"mode": "ar"}))
     assert out.finish_reason in ("stop", "length")
     _assert_nothing_leaked(engine)

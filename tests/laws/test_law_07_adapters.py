@@ -118,3 +118,17 @@ def test_dense_tensors_are_what_was_loaded_packed_or_not():
         assert {name: True for name, _ in model.dense_tensors()} == dict.fromkeys(tensors, True)
         for name, tensor in model.dense_tensors():
             assert torch.equal(tensor, tensors[name]), name
+
+
+def test_an_adapted_row_does_not_depend_on_how_many_rows_share_the_product():
+    """Else a sampled draft, and with it the answer of a seed, would differ alone and in a batch."""
+    lora = random_lora(CONFIG, ADAPTED_PARTS, rank=16)
+    random = torch.Generator().manual_seed(0)
+    for part in ADAPTED_PARTS:
+        A, B = lora.factors[0, part]
+        x = torch.randn(300, A.shape[1], generator=random)
+        y = torch.randn(300, B.shape[0], generator=random)
+        with torch.inference_mode():
+            (together,) = lora.add(0, [part], x, [y])
+            for n in (1, 3, 7, 48, 299):
+                assert torch.equal(lora.add(0, [part], x[:n], [y[:n]])[0], together[:n]), (part, n)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -14,12 +15,11 @@ from tests.worlds import random_tensors, tiny_config
 from trimode.checkpoint import open_checkpoint, save_checkpoint
 from trimode.checkpoint.adapter_files import open_adapter
 from trimode.cli.train import run
-from trimode.errors import CheckpointError, DataError, RunStateError, SettingError, TrainingError
+from trimode.errors import CheckpointError, DataError, RunStateError, SettingError, TrainingError, TrimodeError
 from trimode.training.recipe import read_recipe
 from trimode.training.trainer import Interrupted
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
     pytest.mark.filterwarnings("ignore:.*lr_scheduler.*"),
 ]
 
@@ -112,8 +112,11 @@ def test_a_tiny_recipe_raises_the_acceptance_and_leaves_the_text_alone(world, tm
         after = trained.generate(prompts, mode="self_spec", self_spec_kind=kind, **knobs)
         ar = plain.generate(prompts, mode="ar", max_new_tokens=40)
         assert [out.token_ids for out in after] == [out.token_ids for out in before] == [out.token_ids for out in ar]
-        forwards = [sum(out.stats.nfe_decode for out in outs) for outs in (before, after)]
-        assert forwards[1] < 0.9 * forwards[0], (kind, forwards)
+        # tokens a decode forward; the margin is stated here: a seventh more at least
+        tpf = [sum(len(o.token_ids) for o in outs) / sum(o.stats.nfe_decode for o in outs) for outs in (before, after)]
+        assert tpf[1] > 1.14 * tpf[0], (kind, tpf)
+        accepted = [sum(out.stats.acceptance_length for out in outs) / len(outs) for outs in (before, after)]
+        assert accepted[1] > accepted[0] + 0.25, (kind, accepted)
 
 
 def test_a_run_that_was_cut_ends_where_one_in_one_piece_does(world, tmp_path):
@@ -192,6 +195,77 @@ def test_another_runs_folder_is_refused_and_left_alone(world, tmp_path, change):
     assert sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*")) == before
 
 
+@pytest.mark.parametrize("what", ["state", "log"])
+def test_a_full_disk_stops_the_run_with_the_last_state_intact(world, tmp_path, what):
+    train(world, tmp_path / "run", "train.steps=2", "train.schedule=constant")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    # as on a full disk, the system refuses in the middle of a write; the log is long by then, or the state is
+    with (tmp_path / "run" / "log.jsonl").open("a") as file:
+        file.write("\n" * (4_000_000 if what == "log" else 0))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000 if what == "log" else 20_000, hard))
+    try:
+        with pytest.raises(TrimodeError, match=r"Cannot write .*: File too large\. The last .*state") as caught:
+            train(world, tmp_path / "run", "train.steps=4", "train.schedule=constant")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
+    assert all(p.read_bytes() == content for p, content in before.items() if p.name not in ("log.jsonl", "curves.png"))
+    assert not list((tmp_path / "run").glob("*.draft"))
+    # and once there is room again, the run goes on to where one in one piece ends
+    train(world, tmp_path / "run", "train.steps=4", "train.schedule=constant")
+    train(world, tmp_path / "whole", "train.steps=4", "train.schedule=constant")
+    whole, cut = factors(tmp_path / "whole", world), factors(tmp_path / "run", world)
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_a_damaged_state_is_named(world, tmp_path):
+    train(world, tmp_path / "run", "train.steps=2")
+    (state,) = (tmp_path / "run").glob("step-*")
+    for file in (state / "tensors").glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(RunStateError, match=r"step-0000002 is damaged \(.*Remove it") as caught:
+        train(world, tmp_path / "run", "train.steps=3")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_run_tells_can_be_read_in_its_three_forms(world, tmp_path, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    summary = train(world, tmp_path / "run", "train.steps=4", "train.evaluate_every=2")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    events = EventAccumulator(str(tmp_path / "run" / "events"))
+    events.Reload()
+    assert {"loss", "rate", "grad_norm", "agree_1", "held_out_matched", "positions"} <= set(events.Tags()["scalars"])
+    for name in ("loss", "held_out_matched"):
+        written = [(line["step"], line[name]) for line in lines if name in line]
+        assert [(e.step, e.value) for e in events.Scalars(name)] == [
+            (s, pytest.approx(v, rel=1e-6)) for s, v in written
+        ]
+    assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    # four documents of 24 blocks of three places at most, some of them known or beyond the text
+    assert all(100 <= line["positions"] <= 4 * 24 * 3 for line in lines)
+    speed = sum(line["positions"] for line in lines) / sum(line["seconds"] for line in lines)
+    assert summary["positions_per_second"] == pytest.approx(speed)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "needs about" in said
+    assert f"4 updates in {sum(line['seconds'] for line in lines):,.0f} s: {speed:,.0f} positions a second" in said
+    assert "GB at the peak" in said
+
+
+def test_a_plan_says_the_memory_and_writes_nothing(world, tmp_path, capsys):
+    from trimode.cli.app import run as program
+
+    command = ["train", str(world / "recipe.toml"), "-o", str(tmp_path / "run"), "--plan", "--json"]
+    assert program(command) == 0
+    out = capsys.readouterr()
+    assert "needs about" in out.err
+    memory = json.loads(out.out)["memory_bytes"]
+    assert memory["total"] == sum(memory[name] for name in ("weights", "gradients", "optimizer", "activations"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_training_goes_on_from_an_exported_adapter(world, tmp_path):
     train(world, tmp_path / "first", "train.steps=20")
     first = f"adapter.initial={tmp_path / 'first' / 'adapter'}"
@@ -226,6 +300,7 @@ def test_bad_data_is_named_by_line_and_nothing_is_written(world, tmp_path, lines
     (tmp_path / "bad.jsonl").write_text(lines)
     with pytest.raises(DataError, match=fault):
         train(world, tmp_path / "run", f"data.sources=[{{ path = '{tmp_path / 'bad.jsonl'}' }}]")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def packed_weights(checkpoint: Checkpoint, precision: Precision) -> Iterator[tup
 
 
 def _from_packed(checkpoint: Checkpoint, precision: Precision) -> Iterator[tuple[str, Any]]:
-    """int8: the mapped file itself. Else its numbers, written out."""
+    """The mapped file itself, in float32 too; in bfloat16 its numbers, written out."""
     packed = checkpoint.packed
     assert packed is not None
     file = packed.mapped()
@@ -34,7 +34,7 @@ def _from_packed(checkpoint: Checkpoint, precision: Precision) -> Iterator[tuple
             out = torch.empty(fused.shape)
             packed.vectors[fused.name].read_into(out)
             yield fused.name, out.numpy()
-        elif precision == "int8":
+        elif precision != "bfloat16":
             yield fused.name, borrowed_matrix(matrix.kind, *matrix.shape, packed.panels(file, fused.name))
         else:
             whole = new_matrix(precision, *matrix.shape)
@@ -55,10 +55,10 @@ def _vector(checkpoint: Checkpoint, fused: Fused) -> Any:
 def _matrix(checkpoint: Checkpoint, fused: Fused, precision: Precision) -> Any:
     parts = [(checkpoint.stored[name], shape[0]) for name, shape in fused.parts]
     encodings = {stored.encoding for stored, _ in parts}
-    kind: str = precision
-    if precision == "int8":
-        kind = kind_of(encodings)
-    as_it_is = precision == "int8" and (kind == "u4" or encodings == {"Q8_0"})
+    # few bits stay as they are stored: the very numbers in float32 too, in a fifth of the bytes
+    is_few = encodings <= {"Q4_0", "Q4_1"} or encodings == {"Q8_0"}
+    as_it_is = is_few and precision != "bfloat16"
+    kind = kind_of(encodings) if as_it_is or precision == "int8" else precision
     matrix = new_matrix(kind, *fused.shape)
     first = 0
     for stored, num_rows in parts:

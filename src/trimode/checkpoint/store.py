@@ -32,6 +32,7 @@ from trimode.checkpoint.presets import PRESETS, find_preset_file, preset_facts
 from trimode.checkpoint.safetensors_files import INDEX, SINGLE, read_directory, read_json
 from trimode.checkpoint.safetensors_writer import ENCODINGS, ShardWriter
 from trimode.checkpoint.stored import BLOCKS, StoredTensor, listed
+from trimode.checkpoint.tuning_files import GENERATION, read_auto
 from trimode.errors import CheckpointError, CheckpointNotFoundError, nearest
 from trimode.model.config import ModelConfig
 
@@ -73,6 +74,10 @@ class Checkpoint:
     """A GGUF file's metadata, for the tokenizer; None for directories."""
     generation_defaults: dict[str, Any] = field(default_factory=dict)
     """Sampling that generation_config.json recommends: temperature, top_p, ..."""
+    auto: dict[str, Any] = field(default_factory=dict)
+    """What mode `auto` stands for, as tuning wrote it into generation_config.json; empty if nobody tuned."""
+    generation_path: Path | None = None
+    """Where that file lies, or would; None for a GGUF file, which has no such place."""
     stored: Mapping[str, StoredTensor] = field(repr=False)
     """Where each part lies; parts are as in `names.layout`. Empty for packed weights."""
     packed: PackedFile | None = field(default=None, repr=False)
@@ -145,7 +150,8 @@ def open_checkpoint(name: str | Path) -> Checkpoint:
 def _open_directory(name: str, path: Path) -> Checkpoint:
     if not (path / "config.json").exists():
         raise CheckpointError(f"{path} is not a checkpoint: it has no config.json.")
-    generation = read_json(path / "generation_config.json") if (path / "generation_config.json").exists() else {}
+    generation_path = path / GENERATION
+    generation = read_json(generation_path) if generation_path.exists() else {}
     raw = read_json(path / "config.json")
     config = read_config(raw, generation, where=str(path / "config.json"))
     packed = open_packed(path / SINGLE, config) if is_packed(raw) else None
@@ -161,6 +167,8 @@ def _open_directory(name: str, path: Path) -> Checkpoint:
         stored_dtype="int8" if packed is not None else _stored_dtype(stored),
         weight_bytes=packed.num_bytes if packed is not None else sum(tensor.num_bytes for tensor in tensors.values()),
         generation_defaults=read_generation_defaults(generation),
+        auto=read_auto(generation, str(generation_path)),
+        generation_path=generation_path,
         stored=stored,
         packed=packed,
         stored_adapter=adapter,
@@ -193,6 +201,7 @@ def _open_preset(name: str) -> Checkpoint:
     if adapter is not None:
         config = _adapted(config, adapter, directory)
     check_config(config, where=f"the preset {name}")
+    generation_path = directory / GENERATION
     return Checkpoint(
         name=name,
         path=plain.path,
@@ -200,6 +209,8 @@ def _open_preset(name: str) -> Checkpoint:
         stored_dtype=plain.stored_dtype,
         weight_bytes=plain.weight_bytes,
         gguf_metadata=plain.gguf_metadata,
+        auto=read_auto(read_json(generation_path), str(generation_path)) if generation_path.exists() else {},
+        generation_path=generation_path,
         stored=plain.stored,
         stored_adapter=adapter,
     )

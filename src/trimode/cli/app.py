@@ -12,7 +12,22 @@ from typing import Annotated, Any
 import typer
 
 from trimode import __version__
-from trimode.cli import bench, chat, convert, demo, distill, eval, generate, info, screen, serve, sol, trace, train
+from trimode.cli import (
+    bench,
+    chat,
+    convert,
+    demo,
+    distill,
+    eval,
+    generate,
+    info,
+    screen,
+    serve,
+    sol,
+    trace,
+    train,
+    tune,
+)
 from trimode.cli.help import HelpfulCommand, HelpfulGroup
 from trimode.errors import TrimodeError, nearest
 
@@ -41,6 +56,7 @@ app.command("convert", cls=HelpfulCommand)(convert.convert)
 app.command("bench", cls=HelpfulCommand)(bench.bench)
 app.command("eval", cls=HelpfulCommand)(eval.evaluate)
 app.command("sol", cls=HelpfulCommand)(sol.sol)
+app.command("tune", cls=HelpfulCommand)(tune.tune)
 app.command("trace", cls=HelpfulCommand)(trace.trace)
 app.command("distill", cls=HelpfulCommand)(distill.distill)
 app.command("train", cls=HelpfulCommand)(train.train)

@@ -14,6 +14,7 @@ from trimode.viz import terminal
 __all__ = ["demo"]
 
 MODES = ("ar", "diffusion", "self_spec")
+LEGEND = "forwards: those that read the prompt + those that made the answer; tokens/forward counts the latter"
 
 
 def demo(
@@ -73,6 +74,7 @@ def _compare(runner: Any, prompt: str, limit: int, tracer: Tracer, *, json: bool
         return
     console.print()
     console.print(terminal.demo_table([outputs[mode].stats.as_dict() for mode in MODES]))
+    console.print(Text(LEGEND, style="dim"), soft_wrap=True)
     console.print()
     console.print(Text(equality(same, runner.precision)), soft_wrap=True)
 

@@ -33,10 +33,22 @@ def evaluate(
     max_new_tokens: Annotated[
         str | None, typer.Option("--max-new-tokens", metavar="N", help="Longest answer; the task's own if not given.")
     ] = None,
-    seed: Annotated[str, typer.Option("--seed", metavar="N", help="Of the examples that are made up.")] = "0",
+    seed: Annotated[str, typer.Option("--seed", metavar="N", help="Of examples that are made up, and of draws.")] = "0",
     trust_code: Annotated[
         bool, typer.Option("--trust-code", help="humaneval: run programs even where this system cannot confine them.")
     ] = False,
+    likelihood: Annotated[
+        str | None,
+        typer.Option(
+            "--likelihood",
+            metavar="FILE",
+            help="Instead of tasks: score texts under both views; JSONL with `text`, or `prompt` and `answer`.",
+        ),
+    ] = None,
+    samples: Annotated[
+        str | None,
+        typer.Option("--samples", metavar="N", help="Of the diffusion bound, for each number of masks. [4]"),
+    ] = None,
     quantization_report: Annotated[
         bool,
         typer.Option("--quantization-report", help="Instead of tasks: how far rounded variants are from float32."),
@@ -59,10 +71,29 @@ def evaluate(
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Grade a model's answers exactly, mode by mode.
+    """Grade a model's answers exactly, mode by mode; or score texts under both views; or tell what rounding changes.
 
     Every sample is kept with prompt, answer, grade and cost. Ctrl-C keeps what was graded; the same command with --resume goes on.
     """
+    if samples is not None and likelihood is None:
+        raise SettingError("--samples has no effect without --likelihood. Leave it out, or add that.")
+    if likelihood is not None:
+        if tasks != DEFAULT_TASKS or quantization_report:
+            raise SettingError(
+                "--likelihood takes the place of --tasks and --quantization-report. Leave the others out."
+            )
+        _likelihood(
+            model,
+            likelihood,
+            limit=None if limit is None else whole_number(limit, "--limit", low=1),
+            samples=whole_number(samples or "4", "--samples", low=2),
+            seed=whole_number(seed, "--seed", low=0),
+            folder=Path(output),
+            load=lambda: screen.load(model, dtype=dtype, device=device, threads=threads),
+            resume=resume,
+            json=json,
+        )
+        return
     if quantization_report:
         if tasks != DEFAULT_TASKS:
             raise SettingError("--tasks has no effect with --quantization-report. Leave it out.")
@@ -96,7 +127,7 @@ def evaluate(
     settings = [EvalSetting(mode=mode, knobs=knobs) for mode, knobs in chosen]
     about = {
         "model": model,
-        "dtype": runner.precision,
+        "precision": runner.precision,
         "tasks": {task.name: [e.id for e in task.examples] for task in opened},
         "prompts": {task.name: [e.prompt for e in task.examples] for task in opened},
         "settings": [s.label for s in settings],
@@ -110,7 +141,7 @@ def _run(
     runner: Any, tasks: Any, settings: Any, about: Any, most: int | None, folder: Path, *, resume: bool, json: bool
 ) -> None:
     from trimode.evaluation import evaluate as core
-    from trimode.evaluation.benchmark import machine
+    from trimode.evaluation.meters import machine
     from trimode.evaluation.run_folder import RunFolder
 
     run = RunFolder.open(folder, "samples", about, resume=resume)
@@ -128,7 +159,7 @@ def _run(
         partial = True
     rows = core.summarise_eval(run.records)
     about = {key: value for key, value in about.items() if key != "prompts"}
-    report = jsonlib.loads(jsonlib.dumps({**about, **machine(), "partial": partial, "results": rows}))
+    report = jsonlib.loads(jsonlib.dumps({**about, **machine(runner), "partial": partial, "results": rows}))
     path = run.finish("eval.json", report)
     if json:
         screen.print_json(report)
@@ -156,3 +187,54 @@ def _report(model: str, written: str, *, device: str | None, threads: str | None
         screen.print_json({"model": model, "places_of": "evaluation/report_text.txt", "results": rows})
     else:
         screen.answers_console().print(scores.quantization_table(rows))
+
+
+def _likelihood(
+    model: str,
+    file: str,
+    *,
+    limit: int | None,
+    samples: int,
+    seed: int,
+    folder: Path,
+    load: Any,
+    resume: bool,
+    json: bool,
+) -> None:
+    from trimode.evaluation.texts import read_texts, score_texts, summarise_texts
+
+    texts = read_texts(Path(file), limit=limit)
+    runner = load()
+    from trimode.evaluation.run_folder import RunFolder
+
+    about = {
+        "model": model,
+        "precision": runner.precision,
+        "texts": [t.id for t in texts],
+        "samples": samples,
+        "seed": seed,
+    }
+    run = RunFolder.open(folder, "texts", about, resume=resume)
+    known = {r["id"] for r in run.records}
+    partial = False
+    try:
+        with progress.bar(len(texts) - len(known)) as advance:
+            advance("")
+            for scored in score_texts(runner, texts, samples=samples, seed=seed, done=lambda id: id in known):
+                run.append(scored)
+                advance(scored["group"])
+    except KeyboardInterrupt:
+        partial = True
+    rows = summarise_texts(run.records)
+    report = {**about, "partial": partial, "left_out": len(texts) - len(run.records), "results": rows}
+    path = run.finish("likelihood.json", report)
+    if json:
+        screen.print_json(report)
+    else:
+        screen.answers_console().print(scores.likelihood_table(rows))
+        screen.say(f"In {path}")
+        if report["left_out"] and not partial:
+            screen.say(f"{report['left_out']} of {len(texts)} texts are left out: too short or too long.")
+    if partial:
+        screen.say(f"Stopped: {len(run.records)} of {len(texts)} are kept. The same command with --resume goes on.")
+        raise typer.Exit(130)

@@ -1,5 +1,6 @@
-"""`--modes` of the commands that compare: modes with commas between them, knobs behind colons."""
+"""Settings as the commands that compare take them: `ar,diffusion:threshold=0.7|0.9:block_length=8|16`."""
 
+import itertools
 from typing import Any
 
 from trimode.cli.options import parse
@@ -9,28 +10,38 @@ from trimode.errors import SettingError
 __all__ = ["mode_settings"]
 
 
-def mode_settings(written: str) -> list[tuple[str, dict[str, Any]]]:
-    """Each mode with its knobs, checked as far as it can be without a model. Raises SettingError."""
-    chosen = [_one(text.strip()) for text in written.split(",") if text.strip()]
+def mode_settings(written: str, option: str = "--modes") -> list[tuple[str, dict[str, Any]]]:
+    """Each mode with its knobs, every combination of alternatives, checked as far as it can be without a model.
+
+    Raises SettingError, calling the option by its name.
+    """
+    chosen = [one for text in written.split(",") if text.strip() for one in _sweep(text.strip(), option)]
     if not chosen:
-        raise SettingError(f"--modes names no mode; got {written!r}. Give at least one, such as ar.")
+        raise SettingError(f"{option} names no mode; got {written!r}. Give at least one, such as ar.")
     for number, one in enumerate(chosen):
         if one in chosen[:number]:
-            raise SettingError(f"--modes names {one[0]} twice with the same knobs. Leave one out.")
+            raise SettingError(f"{option} names {one[0]} twice with the same knobs. Leave one out.")
     return chosen
 
 
-def _one(text: str) -> tuple[str, dict[str, Any]]:
+def _sweep(text: str, option: str) -> list[tuple[str, dict[str, Any]]]:
     mode, *pairs = text.split(":")
-    knobs: dict[str, Any] = {}
+    alternatives: dict[str, list[Any]] = {}
     for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise SettingError(f"--modes takes knobs as name=value; got {pair!r} in {text!r}.")
+        name, equals, values = (part.strip() for part in pair.partition("="))
+        name = name.replace("-", "_")
+        if not equals or not values:
+            raise SettingError(f"{option} takes knobs as name=value; got {pair!r} in {text!r}.")
         if name in ("mode", "max_new_tokens", "seed"):
             raise SettingError(f"{name} is the same for all modes; got {pair!r} in {text!r}. Leave it out.")
-        knobs[name] = parse(name, value)
-    settings = parse_settings({**knobs, "mode": parse("mode", mode)})
-    if settings.mode != "auto":
-        check_for_mode({**knobs, "mode": settings.mode}, settings.mode)
-    return settings.mode, knobs
+        if name in alternatives:
+            raise SettingError(f"{option} sets {name} twice in {text!r}. Put alternatives between bars: {name}=A|B.")
+        alternatives[name] = [parse(name, value.strip()) for value in values.split("|")]
+    chosen = []
+    for values in itertools.product(*alternatives.values()):
+        knobs = dict(zip(alternatives, values, strict=True))
+        settings = parse_settings({**knobs, "mode": parse("mode", mode.strip())})
+        if settings.mode != "auto":
+            check_for_mode({**knobs, "mode": settings.mode}, settings.mode)
+        chosen.append((settings.mode, knobs))
+    return chosen

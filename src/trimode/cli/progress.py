@@ -1,7 +1,10 @@
-"""A bar on standard error for runs of many short pieces."""
+"""A bar on standard error for runs of many short pieces, which end alike by Ctrl-C and by a scheduler's SIGTERM."""
 
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from trimode.cli import screen
 
@@ -24,4 +27,21 @@ def bar(total: int) -> Iterator[Callable[[str], None]]:
             progress.update(task, completed=begun, description=words)
             begun += 1
 
-        yield advance
+        with _terminated_like_ctrl_c():
+            yield advance
+
+
+@contextmanager
+def _terminated_like_ctrl_c() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # only there may signals be handled
+        yield
+        return
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -93,7 +93,8 @@ def load(name: str, *, dtype: str | None, device: str | None, threads: str | Non
 
 def title(model: Any) -> Text:
     """One line: which model this is and how it runs."""
-    rest = f" · {model.num_parameters:,} parameters · {model.precision} on {model.device}"
+    engine = model.forward.describe().split(",")[0]
+    rest = f" · {model.num_parameters:,} parameters · {engine} on {model.device}"
     return Text.assemble((str(model.name), "bold"), (rest, "dim"))
 
 

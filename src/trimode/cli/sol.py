@@ -88,7 +88,7 @@ def sol(
     ]
     about = {
         "model": model,
-        "dtype": str(runner.dtype).removeprefix("torch."),
+        "precision": runner.precision,
         "prompts": [t.prompt for t in texts],
         "categories": [t.category for t in texts],
         "modes": views,

@@ -23,6 +23,7 @@ def train(
     ] = None,
     device: Device = None,
     threads: Threads = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Only say what the run needs in memory.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON on standard output.")] = False,
 ) -> None:
     """Train by a recipe.
@@ -37,6 +38,14 @@ def train(
     from trimode.training.recipe import read_recipe
 
     settings = read_recipe(Path(recipe), changes or [])
+    if plan:
+        from trimode.device import pick_device
+
+        checkpoint = _open_base(settings)
+        memory = _say_needs(settings, checkpoint, pick_device(device))
+        if json:
+            screen.print_json({"memory_bytes": memory})
+        return
     summary = run(settings, Path(output), device, num_threads)
     if not screen.is_first_rank():
         return
@@ -50,13 +59,43 @@ def run(recipe: Any, output: Path, device: str | None, threads: int | None, chec
     """Train as the recipe says and write what came of it; the summary. `checkpoint`: the base, opened already."""
     from contextlib import ExitStack
 
-    from trimode.checkpoint import open_checkpoint
     from trimode.device import set_threads
 
     set_threads(threads)
     with ExitStack() as stack:
         target = _join_ranks(device, stack)
-        return _run(recipe, output, target, checkpoint or open_checkpoint(recipe.base))
+        return _run(recipe, output, target, checkpoint or _open_base(recipe))
+
+
+def _open_base(recipe: Any) -> Any:
+    """The base, with the mask that the recipe names."""
+    from dataclasses import replace
+
+    from trimode.checkpoint import open_checkpoint
+    from trimode.training.convert import choose_mask
+
+    checkpoint = open_checkpoint(recipe.base)
+    if recipe.mask_token is None:
+        return checkpoint
+    mask = choose_mask(checkpoint.config, checkpoint.tokenizer(), recipe.mask_token)
+    return replace(checkpoint, config=replace(checkpoint.config, mask_token_id=mask))
+
+
+def _say_needs(recipe: Any, checkpoint: Any, target: Any) -> dict[str, int]:
+    """What the run needs in memory, said before it starts; the bytes by name."""
+    from dataclasses import asdict
+
+    from trimode.device import total_memory
+    from trimode.training.memory import training_memory
+
+    memory = training_memory(checkpoint.config, recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    has = total_memory(target)
+    screen.say(
+        f"needs about {memory.total / 1e9:.2f} GB: weights {memory.weights / 1e9:.2f}, gradients "
+        f"{memory.gradients / 1e9:.2f}, optimiser {memory.optimizer / 1e9:.2f}, activations {memory.activations / 1e9:.2f}"
+        + (f"; there are {has / 1e9:.2f} here" if has is not None and has < memory.total else "")
+    )
+    return {**asdict(memory), "total": memory.total}
 
 
 def _join_ranks(device: str | None, stack: Any) -> Any:
@@ -79,22 +118,15 @@ def _join_ranks(device: str | None, stack: Any) -> Any:
 def _documents(recipe: Any, checkpoint: Any) -> tuple[Any, list[Any]]:
     """The mixture to train on, and the documents kept aside."""
     from trimode.training.convert import split_held_out
-    from trimode.training.data import Mixture, read_documents
-    from trimode.training.encode import make_encode
+    from trimode.training.data import Mixture
+    from trimode.training.encode import make_encode, read_source
 
     encode = make_encode(checkpoint)
     skipped: list[str] = []
+    skip = skipped.append if recipe.data.bad_lines == "skip" else None
+    max_tokens, vocab_size = recipe.data.max_tokens, checkpoint.config.vocab_size
     sources = [
-        (
-            read_documents(
-                Path(source.path),
-                encode,
-                max_tokens=recipe.data.max_tokens,
-                vocab_size=checkpoint.config.vocab_size,
-                skip=skipped.append if recipe.data.bad_lines == "skip" else None,
-            ),
-            source.weight,
-        )
+        (read_source(source, encode, max_tokens=max_tokens, vocab_size=vocab_size, skip=skip), source.weight)
         for source in recipe.data.sources
     ]
     if skipped and screen.is_first_rank():
@@ -109,7 +141,6 @@ def _run(recipe: Any, output: Path, target: Any, checkpoint: Any) -> dict[str, A
     from trimode.cli.train_log import TrainingLog
     from trimode.model.transformer import Transformer
     from trimode.training import convert
-    from trimode.training.memory import training_memory
     from trimode.training.run_state import RunDirectory
     from trimode.training.trainer import Interrupted
     from trimode.training.trainer import train as train_model
@@ -118,11 +149,7 @@ def _run(recipe: Any, output: Path, target: Any, checkpoint: Any) -> dict[str, A
     run_directory = RunDirectory(output, identity=recipe.identity())
     data, held = _documents(recipe, checkpoint)
     if screen.is_first_rank():
-        memory = training_memory(checkpoint.config, recipe, num_ranks)
-        screen.say(
-            f"needs about {memory.total / 1e9:.2f} GB: weights {memory.weights / 1e9:.2f}, gradients "
-            f"{memory.gradients / 1e9:.2f}, optimiser {memory.optimizer / 1e9:.2f}, activations {memory.activations / 1e9:.2f}"
-        )
+        _say_needs(recipe, checkpoint, target)
     full = recipe.weights == "full"
     dtype = torch.float32 if full else convert.DTYPES[recipe.dtype]
     transformer = Transformer(checkpoint.config, dtype=dtype)
@@ -132,6 +159,7 @@ def _run(recipe: Any, output: Path, target: Any, checkpoint: Any) -> dict[str, A
         convert.take_adapter(model, Path(recipe.adapter.initial))
     if recipe.train.shard and num_ranks > 1:
         convert.shard(model)
+    run_directory.begin()
     with TrainingLog(output, recipe.train.steps, target) as log:
         try:
             train_model(

@@ -170,7 +170,7 @@ class Choice:
         return self.kind if self.kind == "ar" else f"{self.kind} {self.block_length}"
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Generation:
     """One prompt on its way to an answer. The loop owns `final`, `cached` and `finish_reason`; its decoder owns `canvas` and
     `state`."""

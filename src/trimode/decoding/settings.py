@@ -18,6 +18,7 @@ __all__ = [
     "check_for_mode",
     "check_with_constraint",
     "parse_settings",
+    "turns_a_mode",
 ]
 
 MODES = ("auto", "ar", "diffusion", "self_spec")
@@ -141,6 +142,11 @@ def check_for_mode(given: Mapping[str, Any], mode: str) -> None:
             raise SettingError(
                 f"{own} has no effect in mode {mode!r}; it belongs to {' and '.join(modes)}. Leave it out."
             )
+
+
+def turns_a_mode(given: Mapping[str, Any]) -> bool:
+    """Whether one of these knobs belongs to some modes only."""
+    return any(value is not None and _KNOB_ALIASES.get(name, name) in _ONLY_IN for name, value in given.items())
 
 
 def check_with_constraint(given: Mapping[str, Any], settings: Settings) -> None:

@@ -58,7 +58,8 @@ class Trace:
     own_seconds: float = 0.0
     """What tracing itself took."""
     _running: dict[int, _Progress] = field(default_factory=dict)
-    _num_requests: int = 0
+    num_requests: int = 0
+    """That it has seen so far; the next one gets this number."""
     _forward: _Forward | None = None
     _last: float | None = None
     """When the last forward was told of, on the clock."""
@@ -100,8 +101,8 @@ class Trace:
 
     def _of(self, g: Generation, now: float) -> _Progress:
         if id(g) not in self._running:
-            self._running[id(g)] = _Progress(g, self._num_requests, num_final=len(g.prompt))
-            self._num_requests += 1
+            self._running[id(g)] = _Progress(g, self.num_requests, num_final=len(g.prompt))
+            self.num_requests += 1
             if self._last is None:
                 self._last = now
         return self._running[id(g)]

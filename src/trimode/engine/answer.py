@@ -94,9 +94,10 @@ class Answer:
 
     def stats(self) -> Stats:
         """What it cost so far."""
+        g = self.generation
         return make_stats(
             self.generation,
-            self.mode,
+            self.mode if not g.choices else "ar" if set(g.choices) == {"ar"} else "self_spec",
             seconds=self.seconds or 0.0,
             first=self.first_token_s,
             notice=self.notice,

@@ -20,8 +20,8 @@ from trimode.decoding.auto import LARGEST_STEP
 from trimode.decoding.interface import Choice, Generation
 from trimode.model.attention import Span
 from trimode.model.config import ModelConfig
-from trimode.model.forward import Forward, Inputs
-from trimode.model.views import BlockOverCausal, Causal
+from trimode.model.forward import Cache, Forward, Inputs
+from trimode.model.views import BlockOverCausal, Causal, View
 
 __all__ = ["Acceptance", "CostTable", "MeasuredChooser", "cost_table", "measure_cost"]
 
@@ -99,7 +99,7 @@ def measure_cost(forward: Forward, *, budget_s: float = BUDGET_S) -> CostTable:
     return CostTable(num_inputs=ns, causal_s=_rising(causal_s), drafting_s=_rising(drafting_s))
 
 
-def _run(forward: Forward, cache, cached: int, tokens: list[int], view, adapted: Sequence[int]) -> float:
+def _run(forward: Forward, cache: Cache, cached: int, tokens: list[int], view: View, adapted: Sequence[int]) -> float:
     n = len(tokens)
     inputs = Inputs(
         tokens=tokens,
@@ -221,11 +221,9 @@ class MeasuredChooser:
         found = {Choice("ar"): 1.0 / self._table.causal(n)}
         accepted, chance = 0.0, 1.0
         known = 0
+        exact = self._first_is_exact
         for length in LENGTHS:
-            exact = self._first_is_exact
-            # of a block of `length` places the first is the last final token; with an exact first place the next one is no draft
-            num_drafts = length - 1 - exact + exact  # drafts that a verification looks at
-            while known < num_drafts - exact * 0:
+            while known < length - 1:  # drafts that a verification looks at
                 chance *= own.rate(known, None if shared is None else shared.rate(known))
                 accepted += chance
                 known += 1

@@ -47,7 +47,7 @@ class EngineLimits:
     cache_positions: int = 16_384
     """Tokens of all running requests together that the cache holds, rounded up to a power of two."""
     prefill_inputs: int | None = None
-    """Inputs of long prompts that join a forward while others decode; None: as many as cost about one ordinary step, as measured."""
+    """Inputs of long prompts that join a forward while others decode; None: as many as add less than an ordinary step."""
     prefill_inputs_alone: int = 512
     """The same while nobody waits for a token."""
 

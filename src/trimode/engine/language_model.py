@@ -14,19 +14,22 @@ from torch import Tensor
 
 from trimode.checkpoint import Checkpoint, open_checkpoint, save_checkpoint, save_packed_checkpoint
 from trimode.checkpoint.packing import packed_weights
+from trimode.decoding.auto import Auto
 from trimode.decoding.autoregressive import Autoregressive
 from trimode.decoding.block_diffusion import BlockDiffusion, Infill
 from trimode.decoding.generate import Observer, run_to_end
 from trimode.decoding.interface import Constraint, Decoder, Generation, Traits
 from trimode.decoding.self_speculation import LinearSelfSpeculation, QuadraticSelfSpeculation
-from trimode.decoding.settings import Settings, check_for_mode, check_with_constraint, parse_settings
+from trimode.decoding.settings import Settings, check_for_mode, check_with_constraint, parse_settings, turns_a_mode
 from trimode.decoding.trace import traced
 from trimode.device import check_memory, pick_device, pick_dtype, set_threads
 from trimode.engine.answer import Answer, AnswerText
+from trimode.engine.cost import MeasuredChooser, cost_table
 from trimode.engine.prompts import check_ids, encode_prompt, is_batch
 from trimode.engine.request import Generated, Infilled, Request, Stats, StreamEvent
 from trimode.engine.runner import Runner
 from trimode.errors import (
+    CheckpointError,
     ContextLengthError,
     GrammarError,
     MissingMaskTokenError,
@@ -51,6 +54,8 @@ Backend = Literal["auto", "native", "torch"]
 
 DEFAULT_SPAN_LENGTH = 16
 _NATIVE_DTYPES: dict[torch.dtype, Precision] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_NOT_FOR_AUTO = {"block_length", "block_size", "threshold", "self_spec_kind", "draft_lora"}
+"""Whoever sets one of these has chosen already."""
 _NOT_FOR_INFILL = {
     "mode",
     "logprobs",
@@ -186,6 +191,8 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.adapter = adapter
         self._checkpoint = checkpoint
+        self.auto = {} if checkpoint is None else _checked_auto(checkpoint)
+        """What mode "auto" stands for where somebody tuned it: the mode and its knobs."""
         self._grammars: Grammars | None = None
         self._grammars_lock = Lock()
         self._decoders: dict[str, Decoder] = {
@@ -363,12 +370,14 @@ class LanguageModel:
         if isinstance(prompt, Request):
             knobs = {**knobs, **prompt.knobs}
             prompt = prompt.prompt
-        settings, mode = self._settings(knobs)
+        settings, mode = self._settings(knobs, may_be_tuned=grammar is None)
         if grammar is not None:
             check_with_constraint(knobs, settings)
         ids = encode_prompt(prompt, self.tokenizer, self.config, raw=raw, variables=template)
         settings = self._fit(len(ids), settings, "max_new_tokens" in knobs)
         decoder = self._decoders[settings.self_spec_kind if mode == "self_spec" else mode]
+        if settings.mode == "auto" and mode == "self_spec" and not _NOT_FOR_AUTO & set(knobs):
+            decoder = self._auto() or decoder
         return self._begin(ids, settings, mode, decoder, None if grammar is None else grammar.start())
 
     def _answer_of(
@@ -408,10 +417,28 @@ class LanguageModel:
         )
         return Answer(generation, mode, AnswerText(self.tokenizer, generation), self.notice(mode))
 
-    def _settings(self, knobs: Mapping[str, Any]) -> tuple[Settings, str]:
-        """Checked settings, and the mode that `auto` stands for."""
+    def _auto(self) -> Decoder | None:
+        """The decoder that chooses by measured cost; None where nothing was loaded that costs could be kept of."""
+        if self._checkpoint is None:
+            return None
+        if "auto" not in self._decoders:
+            traits = self._traits(Settings())
+            table = cost_table(self.forward)
+            chooser = MeasuredChooser(
+                table, has_adapter=traits.adapter_on_draft != "none", first_is_exact=traits.first_is_exact
+            )
+            self._decoders["auto"] = Auto(chooser)
+        return self._decoders["auto"]
+
+    def _settings(self, knobs: Mapping[str, Any], *, may_be_tuned: bool = True) -> tuple[Settings, str]:
+        """Checked settings, and the mode that `auto` stands for. may_be_tuned: it may be what somebody tuned."""
         settings = parse_settings(knobs)
         mode = settings.mode
+        if mode == "auto" and may_be_tuned and not turns_a_mode(knobs):
+            # whoever turns a knob of some mode has a setting of his own in mind
+            knobs = {**knobs, **self.auto}
+            settings = parse_settings(knobs)
+            mode = settings.mode
         if mode == "auto":
             mode = "self_spec" if self.config.trained_for_blocks and self.config.mask_token_id is not None else "ar"
         check_for_mode(knobs, mode)
@@ -707,6 +734,21 @@ class LanguageModel:
         assert self._checkpoint is not None
         # the numbers that it was loaded from, not those that the engine made of them
         return self._checkpoint.tensors(dtype=pick_dtype(None, self._checkpoint.stored_dtype))
+
+
+def _checked_auto(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The tuned setting of a checkpoint. Raises CheckpointError if it makes no sense."""
+    auto = checkpoint.auto
+    try:
+        settings = parse_settings(auto)
+        check_for_mode(auto, settings.mode)
+        if auto and settings.mode == "auto":
+            raise SettingError("mode must not be auto again.")
+    except SettingError as error:
+        raise CheckpointError(
+            f"trimode.auto in {checkpoint.generation_path}: {error} Run trimode tune again."
+        ) from None
+    return dict(auto)
 
 
 def num_positions(g: Generation) -> int:

@@ -46,6 +46,8 @@ class Stats:
     """From the call to the first committed token."""
     tokens_per_second: float
     """tokens / seconds, prefill included."""
+    choices: dict[str, int] | None = None
+    """auto: rounds by what was chosen for them, such as "ar" or "linear 5"."""
     notice: str | None = None
     """What one should know about this checkpoint in this mode."""
 
@@ -117,5 +119,6 @@ def make_stats(generation: Generation, mode: str, *, seconds: float, first: floa
         seconds=seconds,
         first_token_seconds=seconds if first is None else first,
         tokens_per_second=tokens / seconds if seconds > 0 else 0.0,
+        choices=dict(generation.choices) or None,
         notice=notice,
     )

@@ -67,12 +67,14 @@ class FairQueue(Generic[T]):
 
 
 class Pace:
-    """How many inputs of long prompts a forward takes along so that those who wait for tokens wait about twice as long, as measured.
+    """How many inputs of long prompts a forward takes along so that those who wait for tokens wait little more, as measured.
 
     What a prompt's piece adds to a forward is told from forwards with and without one; both are smoothed, and forget.
     """
 
-    LEAST, FIRST, MOST = 8, 32, 256
+    LEAST, FIRST, MOST = 8, 16, 256
+    SHARE = 0.6
+    """Of an ordinary step that a piece may add: what it costs varies, and two steps are the bound."""
 
     def __init__(self) -> None:
         self._ordinary_s: float | None = None
@@ -83,7 +85,7 @@ class Pace:
         """Inputs of the next piece."""
         if self._ordinary_s is None or self._input_s is None:
             return self.FIRST
-        return max(self.LEAST, min(self.MOST, int(self._ordinary_s / self._input_s)))
+        return max(self.LEAST, min(self.MOST, int(self.SHARE * self._ordinary_s / self._input_s)))
 
     def note(self, num_read: int, seconds: float) -> None:
         """A forward for others, with so many inputs of prompts among them, took so long."""

@@ -3,17 +3,15 @@
 What drifts (heat, other processes) then meets all settings alike. The warm-up is made and thrown away; a summary refuses its records.
 """
 
-import platform
 import random
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from trimode import __version__
-from trimode.errors import MeasurementError, SettingError
+from trimode.errors import MeasurementError
+from trimode.evaluation.meters import Meters
 from trimode.evaluation.metrics import Watch, check_against_stats, quartiles
 from trimode.evaluation.prompts import BenchPrompt
 
@@ -22,9 +20,7 @@ __all__ = [
     "Measured",
     "Own",
     "Setting",
-    "Transformers",
-    "as_record",
-    "machine",
+    "compare",
     "measure",
     "probe_adapter",
     "summarise",
@@ -33,7 +29,8 @@ __all__ = [
 WARM_UP_TOKENS = 8
 NOISY = 1.25
 """The same request's slowest repetition over its fastest, by median: above it the machine is called too noisy."""
-ENERGY = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
+DEAREST_WATCHING = 0.02
+"""Share of the time that the tool itself may take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,10 +40,13 @@ class Setting:
     mode: str
     knobs: Mapping[str, Any] = field(default_factory=dict)
     engine: str = "trimode"
+    dtype: str | None = None
+    """The numbers that the engine runs in, where they are not those of the baseline: then the label says so."""
 
     @property
     def label(self) -> str:
-        parts = [self.mode if self.engine == "trimode" else self.engine, *(f"{k}={v}" for k, v in self.knobs.items())]
+        name = self.mode if self.engine == "trimode" else self.engine
+        parts = [name if self.dtype is None else f"{name} {self.dtype}", *(f"{k}={v}" for k, v in self.knobs.items())]
         return ":".join(parts)
 
 
@@ -79,35 +79,59 @@ class Measured:
     seconds: float
     first_token_seconds: float | None
     peak_memory_bytes: int | None
+    """The engine's weights and what this request took on top, without the interpreter and its libraries."""
     energy_joules: float | None
+    longest_draft: int = 0
     watching_seconds: float = 0.0
+    """What the tool itself took of the time."""
+    trace_request: int | None = None
+    """Its number in the trace, where one was written."""
 
 
 class Contestant(Protocol):
     """An engine that answers prompts under a setting."""
 
     dtype: str
+    """The numbers that it runs in."""
+    resident_bytes: int | None
+    """Memory that it takes before any request: its weights. None where nobody knows."""
 
-    def answer(self, setting: Setting, prompt: BenchPrompt, max_new_tokens: int, seed: int) -> dict[str, Any]:
-        """One request: the fields of `Measured` that only the engine can fill."""
+    def answer(
+        self, setting: Setting, prompt: BenchPrompt, max_new_tokens: int, seed: int, *, warm_up: bool = False
+    ) -> dict[str, Any]:
+        """One request: the fields of `Measured` that only the engine can fill. warm_up: it will be thrown away."""
         ...
 
 
 class Own:
     """trimode's engine around a loaded model."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.dtype = str(model.dtype).removeprefix("torch.")
+    def __init__(self, model: Any, *, resident_bytes: int | None = None, trace: Any = None) -> None:
+        """trace: a `decoding.trace.Trace` that is to see every forward too."""
+        self.model, self.trace = model, trace
+        self.dtype: str = model.precision
+        self.resident_bytes = resident_bytes
 
-    def answer(self, setting: Setting, prompt: BenchPrompt, max_new_tokens: int, seed: int) -> dict[str, Any]:
-        asked = list(prompt.prompt) if isinstance(prompt.prompt, tuple) else prompt.prompt
+    def answer(
+        self, setting: Setting, prompt: BenchPrompt, max_new_tokens: int, seed: int, *, warm_up: bool = False
+    ) -> dict[str, Any]:
         watch = Watch()
+        observe: Any = watch
+        traced, trace = 0.0, None if warm_up else self.trace
+        if trace is not None:
+            trace.also, observe, traced = watch, trace, trace.own_seconds
         start = time.perf_counter()
         output = self.model.generate(
-            asked, observe=watch, mode=setting.mode, max_new_tokens=max_new_tokens, seed=seed, **setting.knobs
+            prompt.as_asked(),
+            observe=observe,
+            mode=setting.mode,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            **setting.knobs,
         )
         seconds = time.perf_counter() - start
+        if trace is not None:
+            watch.own_seconds += trace.own_seconds - traced
         check_against_stats(watch, output, seconds, expects_adapter=self._expects_adapter(output.stats.mode, setting))
         return {
             "ran_as": output.stats.mode,
@@ -120,72 +144,22 @@ class Own:
             "rounds": watch.rounds,
             "round_tokens": watch.round_tokens,
             "accepted": watch.accepted,
+            "longest_draft": watch.longest_draft,
             "revised": watch.revised,
             "seconds": seconds,
             "first_token_seconds": None if watch.first_token_at is None else watch.first_token_at - start,
             "watching_seconds": watch.own_seconds,
+            "trace_request": None if trace is None else trace.num_requests - 1,
         }
 
     def _expects_adapter(self, mode: str, setting: Setting) -> bool:
         if self.model.adapter is None or setting.knobs.get("draft_lora") is False or mode == "ar":
             return False
+        if setting.mode == "auto":  # it may find that no draft pays, round after round
+            return False
         if setting.knobs.get("block_length") == 1:
             return False
         return mode == "self_spec" or self.model.config.adapter_acts_on == "masks"
-
-
-class Transformers:
-    """Hugging Face transformers' `generate` over the same file, prompts, dtype and threads."""
-
-    def __init__(self, model: Any) -> None:
-        try:
-            from transformers import AutoModelForCausalLM
-        except ImportError:
-            raise SettingError(
-                "The peer transformers is not installed. Run `pip install transformers accelerate`."
-            ) from None
-        from trimode.checkpoint import open_checkpoint
-
-        path = Path(open_checkpoint(model.name).path)
-        folder, gguf_file = (path.parent, path.name) if path.suffix == ".gguf" else (path, None)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=model.dtype)
-        self.model, self.peer = model, loaded.eval().to(model.device)
-        self.dtype = str(next(self.peer.parameters()).dtype).removeprefix("torch.")
-
-    def answer(self, setting: Setting, prompt: BenchPrompt, max_new_tokens: int, seed: int) -> dict[str, Any]:
-        import torch
-
-        asked = list(prompt.prompt) if isinstance(prompt.prompt, tuple) else prompt.prompt
-        start = time.perf_counter()
-        prompt_ids = self.model.encode(asked)
-        ids = torch.tensor([prompt_ids], device=self.model.device)
-        ends = list(self.model.config.eos_token_ids)
-        with torch.inference_mode():
-            out = self.peer.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=ends or None,
-                pad_token_id=ends[0] if ends else 0,
-            )
-        new = out[0, len(prompt_ids) :].tolist()
-        seconds = time.perf_counter() - start
-        return {
-            "ran_as": "ar",
-            "token_ids": new,
-            "finish_reason": "stop" if new and new[-1] in ends else "length",
-            "prompt_tokens": len(prompt_ids),
-            "tokens": len(new),
-            "nfe_prefill": None,
-            "nfe_decode": None,
-            "rounds": 0,
-            "round_tokens": 0,
-            "accepted": [],
-            "revised": 0,
-            "seconds": seconds,
-            "first_token_seconds": None,
-        }
 
 
 def measure(
@@ -202,13 +176,16 @@ def measure(
 
     For each prompt all settings run one after the other, in an order drawn from the seed. Raises MeasurementError.
     """
-    dtypes = {name: one.dtype for name, one in contestants.items()}
-    if len(set(dtypes.values())) > 1:
-        raise MeasurementError(
-            f"The engines run in different dtypes: {dtypes}. Load them in one, or leave the peer out."
-        )
+    own = contestants["trimode"].dtype
     for setting in settings:
-        contestants[setting.engine].answer(setting, prompts[0], min(WARM_UP_TOKENS, max_new_tokens), seed)
+        if contestants[setting.engine].dtype != (setting.dtype or own):
+            raise MeasurementError(
+                f"The engines run in different dtypes: {setting.label} in {contestants[setting.engine].dtype}, the baseline in "
+                f"{own}. Load them in one, or name the dtype in the setting so that its row says so."
+            )
+    meters = Meters()
+    for setting in settings:
+        contestants[setting.engine].answer(setting, prompts[0], min(WARM_UP_TOKENS, max_new_tokens), seed, warm_up=True)
     for round_ in range(rounds):
         for number, prompt in enumerate(prompts):
             order = list(settings)
@@ -217,9 +194,10 @@ def measure(
                 if done(setting.label, number, round_):
                     continue
                 contestant = contestants[setting.engine]
-                _forget_peak()
-                energy = _energy_uj()
+                meters.begin()
                 answer = contestant.answer(setting, prompt, max_new_tokens, seed)
+                rise, joules = meters.end()
+                resident = contestant.resident_bytes
                 yield Measured(
                     label=setting.label,
                     engine=setting.engine,
@@ -229,8 +207,8 @@ def measure(
                     prompt=number,
                     category=prompt.category,
                     round=round_,
-                    peak_memory_bytes=_peak_memory(),
-                    energy_joules=_joules(energy, _energy_uj()),
+                    peak_memory_bytes=None if rise is None or resident is None else resident + rise,
+                    energy_joules=joules,
                     **answer,
                 )
 
@@ -251,22 +229,23 @@ def summarise(records: Sequence[Measured]) -> list[dict[str, Any]]:
     """One row a setting, against the `ar` of the same engine on the same prompts. Raises MeasurementError."""
     if any(r.round < 0 for r in records):
         raise MeasurementError("A warm-up is among the measurements. Leave it out.")
-    if len(dtypes := {r.dtype for r in records}) > 1:
-        raise MeasurementError(f"Measurements in different dtypes cannot be compared: {', '.join(sorted(dtypes))}.")
+    if not records:
+        return []
+    own = next((r.dtype for r in records if r.label == "ar"), records[0].dtype)
+    for r in records:
+        if r.dtype != own and (r.engine == "trimode" or r.dtype not in r.label):
+            raise MeasurementError(
+                f"Measurements in different dtypes cannot be compared: {r.label} in {r.dtype}, the baseline in {own}."
+            )
     baseline = {(r.prompt, r.round): r for r in records if r.label == "ar"}
-    labels = list(dict.fromkeys(r.label for r in records))
-    labels.sort(key=lambda label: label != "ar")
+    engines = {r.label: r.engine for r in records}
+    labels = sorted(engines, key=lambda label: (label != "ar", engines[label] != "trimode", label))
     return [_row([r for r in records if r.label == label], baseline) for label in labels]
 
 
 def _row(records: Sequence[Measured], baseline: Mapping[tuple[int, int], Measured]) -> dict[str, Any]:
     first = records[0]
     categories = sorted({r.category for r in records})
-    ratios = [
-        (r.tokens / r.seconds) / (ar.tokens / ar.seconds)
-        for r in records
-        if (ar := baseline.get((r.prompt, r.round))) is not None and ar.tokens
-    ]
     firsts = [r.first_token_seconds for r in records if r.first_token_seconds is not None]
     joules = [r.energy_joules for r in records if r.energy_joules is not None]
     return {
@@ -277,31 +256,38 @@ def _row(records: Sequence[Measured], baseline: Mapping[tuple[int, int], Measure
         "settings": first.settings,
         "dtype": first.dtype,
         "requests": len(records),
-        **_figures(records),
-        "times_ar": quartiles(ratios),
+        **_figures(records, baseline),
         "seconds": quartiles([r.seconds for r in records]),
         "first_token_seconds": quartiles(firsts),
         "acceptance_by_position": _acceptance_by_position(records),
         "accepted_histogram": _histogram(records),
         "revised": sum(r.revised for r in records),
-        "agreement_with_ar": _agreement(records, baseline),
         "peak_memory_bytes": max((r.peak_memory_bytes for r in records if r.peak_memory_bytes), default=None),
         "energy_joules": quartiles(joules),
-        "watching_share": sum(r.watching_seconds for r in records) / sum(r.seconds for r in records),
+        "joules_per_token": sum(joules) / sum(r.tokens for r in records) if len(joules) == len(records) else None,
+        "watching_share": (share := sum(r.watching_seconds for r in records) / sum(r.seconds for r in records)),
+        "watching_too_dear": share > DEAREST_WATCHING,
         "noise": _noise(records),
-        "by_category": {c: _figures([r for r in records if r.category == c]) for c in categories},
+        "by_category": {c: _figures([r for r in records if r.category == c], baseline) for c in categories},
     }
 
 
-def _figures(records: Sequence[Measured]) -> dict[str, Any]:
+def _figures(records: Sequence[Measured], baseline: Mapping[tuple[int, int], Measured]) -> dict[str, Any]:
     """Speed and tokens per forward. `total` is the ratio of sums, which short answers cannot distort."""
     decode: list[tuple[int, int]] = [(r.tokens, r.nfe_decode) for r in records if r.nfe_decode]
+    ratios = [
+        (r.tokens / r.seconds) / (ar.tokens / ar.seconds)
+        for r in records
+        if (ar := baseline.get((r.prompt, r.round))) is not None and ar.tokens
+    ]
     whole = [(r.tokens, r.nfe_decode + (r.nfe_prefill or 0)) for r in records if r.nfe_decode is not None]
     return {
         "tokens_per_second": _ratio([(r.tokens, r.seconds) for r in records]),
         "decode_tpf": _ratio(decode),
         "e2e_tpf": _ratio(whole),
         "acceptance_length": _ratio([(r.round_tokens, r.rounds) for r in records if r.rounds]),
+        "agreement_with_ar": _agreement(records, baseline),
+        "times_ar": quartiles(ratios),
     }
 
 
@@ -322,7 +308,8 @@ def _histogram(records: Sequence[Measured]) -> dict[str, int]:
 def _acceptance_by_position(records: Sequence[Measured]) -> list[float]:
     """Share of rounds that accepted the draft at each position, the first one behind the known token first."""
     accepted = [a for r in records for a in r.accepted]
-    return [sum(a > j for a in accepted) / len(accepted) for j in range(max(accepted, default=0))]
+    longest = max((r.longest_draft for r in records), default=0) if accepted else 0
+    return [sum(a > j for a in accepted) / len(accepted) for j in range(longest)]
 
 
 def _agreement(records: Sequence[Measured], baseline: Mapping[tuple[int, int], Measured]) -> dict[str, Any] | None:
@@ -341,78 +328,36 @@ def _first_difference(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _noise(records: Sequence[Measured]) -> dict[str, Any] | None:
-    """Slowest over fastest repetition of the same request; None where nothing was repeated."""
+    """Slowest over fastest repetition of the same request, and each round's median speed; None where nothing was repeated.
+
+    Rounds are runs of the same command. Too noisy: repetitions differ much, or one round's median lies outside of the whole's
+    quartiles, as a second run's then might.
+    """
     by_prompt: dict[int, list[float]] = {}
+    by_round: dict[int, list[float]] = {}
     for r in records:
         by_prompt.setdefault(r.prompt, []).append(r.seconds)
+        by_round.setdefault(r.round, []).append(r.tokens / r.seconds)
     spread = quartiles([max(s) / min(s) for s in by_prompt.values() if len(s) > 1])
-    return None if spread is None else {**spread, "too_noisy": spread["median"] > NOISY}
-
-
-def machine() -> dict[str, Any]:
-    """The hardware and the versions that figures hold for."""
-    import os
-
-    import torch
-
-    versions = {"trimode": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    for name in ("transformers",):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    hardware = {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
-    return {"hardware": {**hardware, "system": platform.platform()}, "versions": versions}
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _forget_peak() -> None:
-    """Start the peak of memory anew, where the system lets us."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:  # not Linux, or not allowed: the peak is then that of the whole process
-        return
-
-
-def _peak_memory() -> int | None:
-    """Bytes: of the GPU's allocations where there is one, of this process's resident memory otherwise."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if not status.is_file():
+    whole = quartiles([speed for speeds in by_round.values() for speed in speeds])
+    if spread is None or whole is None:
         return None
-    peak = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM")), None)
-    return None if peak is None else int(peak.split()[1]) * 1024
+    rounds = [statistics.median(speeds) for _, speeds in sorted(by_round.items())]
+    agree = all(whole["low"] <= median <= whole["high"] for median in rounds)
+    too_noisy = spread["median"] > NOISY or (len(by_prompt) > 1 and not agree)
+    return {**spread, "rounds_tokens_per_second": rounds, "too_noisy": too_noisy}
 
 
-def _energy_uj() -> int | None:
-    try:
-        return int(ENERGY.read_text())
-    except (OSError, ValueError):  # the machine does not tell
-        return None
-
-
-def _joules(before: int | None, after: int | None) -> float | None:
-    # the counter wraps around now and then: such a request has no figure
-    return None if before is None or after is None or after < before else (after - before) / 1e6
-
-
-def as_record(measured: Measured) -> dict[str, Any]:
-    """Plain values, for JSON."""
-    return asdict(measured)
+def compare(rows: Sequence[Mapping[str, Any]], earlier: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Whether each setting's median speed lies within the spread that an earlier run of it stated."""
+    before = {row["label"]: row["tokens_per_second"] for row in earlier}
+    return [
+        {
+            "label": row["label"],
+            "median": row["tokens_per_second"]["median"],
+            "earlier": before[row["label"]],
+            "within": before[row["label"]]["low"] <= row["tokens_per_second"]["median"] <= before[row["label"]]["high"],
+        }
+        for row in rows
+        if row["label"] in before
+    ]

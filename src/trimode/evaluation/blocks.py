@@ -17,7 +17,6 @@ from trimode.decoding.generate import tick
 from trimode.decoding.interface import Generation, Step
 from trimode.decoding.self_speculation import Draft, LinearSelfSpeculation
 from trimode.errors import ContextLengthError
-from trimode.model.cache import KeyValueCache
 from trimode.model.views import Causal
 
 __all__ = ["BlockAsk", "BlockReader"]
@@ -56,7 +55,7 @@ class BlockReader:
         """What slot 0 holds."""
         self._rows = rows
         # a step over a block may be one input longer than what it leaves final
-        self._cache = KeyValueCache(model.config, [capacity + 1] * (rows + 1), dtype=model.dtype, device=model.device)
+        self._cache = model.forward.make_cache([capacity + 1] * (rows + 1))
         self._runner = model.make_runner(self._cache)
         self._same = [0] * (rows + 1)
         """Of each slot: leading positions that equal slot 0's."""
@@ -76,7 +75,7 @@ class BlockReader:
             g = self._generation([*self.text, *piece], len(self.text))
             step = Step(kind="prefill", tokens=piece, view=Causal(), after=after)
             first = len(self.text) + (after[0] if after else 0)
-            logits = self._run([g], [step], [0])[0].after
+            logits = self._run([g], [step], [0])[0].after.logits
             self.text += piece
             if after:
                 yield first, logits
@@ -87,7 +86,7 @@ class BlockReader:
         self._same = [min(same, length) for same in self._same]
 
     def look(self, asks: Sequence[BlockAsk]) -> Iterator[Tensor]:
-        """For each block the logits [masks, V] at its masked places, left to right."""
+        """For each block the logits [masks, V] at its masked places, left to right; use each before asking for the next."""
         for start in range(0, len(asks), self._rows):
             rows = [self._plan(ask) for ask in asks[start : start + self._rows]]
             # rows of one length share a kernel call when they lie side by side
@@ -95,7 +94,7 @@ class BlockReader:
             found = self._run([rows[i][0] for i in order], [rows[i][1] for i in order], range(1, len(rows) + 1))
             by_ask = dict(zip(order, found, strict=True))
             for i in range(len(rows)):
-                yield by_ask[i].after if len(by_ask[i].after) else by_ask[i].at
+                yield (by_ask[i].after if len(by_ask[i].after) else by_ask[i].at).logits
 
     def decode_block(self, prefix: int) -> tuple[list[int], int]:
         """What the real policy makes of the block behind a prefix: its tokens up to an end of text, and the denoising forwards that
@@ -159,8 +158,9 @@ class BlockReader:
 
     def _copy(self, slot: int, length: int) -> None:
         """Make the leading positions of a slot equal slot 0's; what lies behind will be overwritten."""
-        same = self._same[slot]
-        if same < length:
+        # engines keep keys in pieces of 16 positions: a copy starts where one does
+        same = self._same[slot] // 16 * 16
+        if self._same[slot] < length:
             starts = self._cache.starts
             self._cache.copy(starts[0] + same, starts[slot] + same, length - same)
         self._same[slot] = length

@@ -13,7 +13,7 @@ from trimode.errors import ContextLengthError, SettingError
 from trimode.evaluation.speed_of_light import ratio
 from trimode.evaluation.tasks.interface import Example, Task
 
-__all__ = ["EvalSetting", "evaluate", "mean", "summarise_eval"]
+__all__ = ["EvalSetting", "evaluate", "mean", "summarise_eval", "with_shots"]
 
 Sample = dict[str, Any]
 """One graded answer: task, setting, id, prompt, answer, score, parts, note, finish_reason, cost. Plain values."""
@@ -57,7 +57,7 @@ def _ask(model: Any, task: Task, example: Example, setting: EvalSetting, most: i
         "shots": example.shots,
     }
     try:
-        asked = _with_shots(model, example)
+        asked = with_shots(model, example)
         out = model.generate(asked, mode=setting.mode, max_new_tokens=most, seed=seed, **setting.knobs)
     except ContextLengthError as error:
         # one example that does not fit is a wrong answer, not the end of the run
@@ -75,7 +75,7 @@ def _ask(model: Any, task: Task, example: Example, setting: EvalSetting, most: i
     }
 
 
-def _with_shots(model: Any, example: Example) -> Any:
+def with_shots(model: Any, example: Example) -> Any:
     """The prompt behind its shots: as turns of a chat, or one text for a checkpoint without a chat template."""
     if model.tokenizer is None:
         raise SettingError(f"{model.name} has no tokenizer, and tasks ask in text. Evaluate a checkpoint with one.")

@@ -32,6 +32,8 @@ class Watch:
     """Forwards in which the adapter acted on some input."""
     accepted: list[int] = field(default_factory=list)
     """Of each round: drafts that became part of the answer."""
+    longest_draft: int = 0
+    """Most drafts that a round verified."""
     first_token_at: float | None = None
     """On the clock."""
     own_seconds: float = 0.0
@@ -50,6 +52,8 @@ class Watch:
         self.adapted_forwards += bool(step.adapted)
         if outcome.accepted is not None:
             self.rounds += 1
+            # a verification's causal inputs are the last known token and the drafts
+            self.longest_draft = max(self.longest_draft, step.view.num_causal(len(step.tokens)) - 1)
             self.accepted.append(min(outcome.accepted, new))  # the answer may end inside the draft
         if outcome.accepted is not None or step.kind == "draft":
             self.round_tokens += new

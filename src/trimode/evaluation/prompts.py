@@ -22,6 +22,10 @@ class BenchPrompt:
     """A text, or ids for checkpoints without a tokenizer."""
     category: str = "all"
 
+    def as_asked(self) -> str | list[int]:
+        """As `generate` takes it."""
+        return list(self.prompt) if isinstance(self.prompt, tuple) else self.prompt
+
 
 def read_bench_prompts(path: Path | None = None, *, limit: int | None = None) -> list[BenchPrompt]:
     """The prompts of a file (plain or gzipped), or the built-in ones. Raises DataError naming the line."""

@@ -20,7 +20,7 @@ __all__ = ["VARIANTS", "check_variants", "compare", "load_variant", "report_wind
 
 TEXT = Path(__file__).with_name("report_text.txt")
 WINDOW = 128
-BLOCKS_PER_WINDOW = 4
+BLOCKS_PER_WINDOW = 2
 VARIANTS = {
     "bfloat16": "weights and arithmetic",
     "float16": "weights and arithmetic",
@@ -55,7 +55,7 @@ def load_variant(reference: Any, name: str) -> Logits:
     import trimode
 
     if name == "int8":
-        model = trimode.load(reference.name, device=reference.device, quantize="int8")
+        model = trimode.load(reference.name, device="cpu", quantize="int8")
         if model.precision != "int8":
             raise SettingError(
                 f"The variant int8 needs the native engine, and here it runs in {model.precision}. Leave it out."
@@ -140,18 +140,14 @@ def _row(name: str, view: str, windows: Sequence[Sequence[dict[str, Any]]]) -> d
 
 
 def _through_q8_0(reference: Any) -> Any:
-    """The same model with each linear map's weights rounded to q8_0 and back."""
+    """The same model in PyTorch with each linear map's weights rounded to q8_0 and back."""
     from trimode.checkpoint import open_checkpoint
     from trimode.engine.language_model import LanguageModel
     from trimode.model.transformer import Transformer
 
-    # from the checkpoint: the reference may run in the native engine, which keeps no plain tensors
-    tensors = open_checkpoint(reference.name).tensors(dtype=torch.float32, device=reference.device)
+    tensors = open_checkpoint(reference.name).tensors(dtype=torch.float32, device=torch.device("cpu"))
     rounded = Transformer(reference.config, dtype=torch.float32)
-    rounded.load(
-        ((name, _rounded(tensor) if _is_linear(name) else tensor) for name, tensor in tensors),
-        pack=reference.device.type == "cpu",
-    )
+    rounded.load((name, _rounded(tensor) if _is_linear(name) else tensor) for name, tensor in tensors)
     return LanguageModel(reference.name, rounded.eval(), reference.tokenizer, adapter=reference.adapter)
 
 

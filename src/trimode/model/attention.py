@@ -214,12 +214,22 @@ class SelfAttention:
     def __init__(self, view: View, num_rows: int, length: int, kernel: KernelName, device: torch.device | str) -> None:
         self._shape = (num_rows, length)
         self._kernel = KERNELS[kernel]
-        self._is_causal = kernel == "sdpa" and isinstance(view, Causal)
+        self._fused = kernel == "sdpa"
+        self._is_causal = self._fused and isinstance(view, Causal)
         self._visible = None if self._is_causal else visible_matrix(view, length, device)[None]
+        self._mask: Tensor | None = None
+        """`_visible` as the fused kernel takes it, made at the first layer: one of a layer each would be kept for the gradient."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.unflatten(0, self._shape).transpose(1, 2) for x in (q, k, v))
-        out = _causal_sdpa(q, k, v) if self._is_causal else self._kernel(q, k, v, self._visible)
+        if self._is_causal:
+            out = _causal_sdpa(q, k, v)
+        elif self._fused and self._visible is not None:
+            if self._mask is None:
+                self._mask = _grouped_mask(self._visible, q.shape[1] // k.shape[1], q.dtype)
+            out = _grouped_sdpa(q, k, v, self._mask)
+        else:
+            out = self._kernel(q, k, v, self._visible)
         return out.transpose(1, 2).flatten(0, 1)
 
 

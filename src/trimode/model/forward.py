@@ -86,6 +86,10 @@ class Forward(Protocol):
         """Room for one generation a slot."""
         ...
 
+    def describe(self) -> str:
+        """What runs, in a few words: whatever a forward's cost hangs on beside the model and the machine."""
+        ...
+
     def __call__(self, inputs: Inputs, cache: Cache) -> Scores:
         """One forward: keys and values go into the cache, behind each row's cursor."""
         ...
@@ -113,6 +117,10 @@ class TorchForward:
 
     def make_cache(self, lengths: Sequence[int]) -> KeyValueCache:
         return KeyValueCache(self.config, lengths, dtype=self.dtype, device=self.device)
+
+    def describe(self) -> str:
+        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        return f"torch {self.precision}, {self._kernel}{threads}"
 
     @torch.inference_mode()
     def __call__(self, inputs: Inputs, cache: Cache) -> "TorchScores":

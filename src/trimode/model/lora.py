@@ -5,7 +5,7 @@ The two small products run in the wider of the adapter's and the activations' dt
 before rounding to the activations' dtype. arXiv 2106.09685.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,10 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trimode.model.linear import as_map
+
 __all__ = ["ADAPTED_PARTS", "Lora"]
 
 ADAPTED_PARTS = ("query", "key", "value", "output", "gate", "up", "down")
 """The linear maps of a layer that an adapter may act on, by trimode's names."""
+
+_Map = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +38,21 @@ class Lora:
         default_factory=dict, init=False, repr=False, compare=False
     )
     """Factors as products want them, made when first used."""
+    _maps: dict[tuple[int, tuple[str, ...], torch.dtype], tuple[_Map, list[_Map | None]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """The same as maps, for inference."""
 
     def add(self, layer: int, parts: Sequence[str], x: Tensor, ys: Sequence[Tensor]) -> list[Tensor]:
         """These parts' outputs ys [N, outputs] for inputs x [N, inputs], each with what the adapter adds, in its own dtype."""
-        together, Bs = self._prepared(layer, tuple(parts), x.dtype)
-        low = iter((x.to(together.dtype) @ together.T).split([B.shape[1] for B in Bs if B is not None], dim=-1))
-        return [y if B is None else _plus(y, next(low), B, self.scale) for y, B in zip(ys, Bs, strict=True)]
+        parts = tuple(parts)
+        A, Bs = self._prepared(layer, parts, x.dtype)
+        key = (layer, parts, x.dtype)
+        if key not in self._maps:
+            self._maps[key] = as_map(A), [None if B is None else as_map(B) for B in Bs]
+        down, ups = self._maps[key]
+        low = iter(down(x.to(A.dtype)).split([B.shape[1] for B in Bs if B is not None], dim=-1))
+        return [y if up is None else _plus(y, up(next(low)), self.scale) for y, up in zip(ys, ups, strict=True)]
 
     @property
     def is_trained(self) -> bool:
@@ -49,8 +62,8 @@ class Lora:
     def product(
         self, layer: int, parts: Sequence[str], x: Tensor, weight: Tensor, bias: Tensor | None, acts: Tensor | None
     ) -> Tensor:
-        """x weight' + bias with what the adapter adds on the rows where `acts` [N, 1] is one (None: all), for training: the gradient goes
-        to x and to the factors, none to the weight. Without a copy of an output, unlike `add`."""
+        """x weight' + bias with what the adapter adds on the rows where `acts` [N, 1] is one (None: all). For training: gradients go
+        to x and to the factors, none to the weight, and no output is copied as in `add`."""
         A, Bs = self._prepared(layer, tuple(parts), x.dtype)
         y = _AdaptedProduct.apply(x, weight, bias, acts, self.scale, A, *Bs)
         assert isinstance(y, Tensor)
@@ -137,7 +150,5 @@ def _corners(Bs: Sequence[Tensor]) -> Iterable[tuple[slice, slice, Tensor]]:
         row, column = row + num_outputs, column + rank
 
 
-def _plus(y: Tensor, low: Tensor, B: Tensor, scale: float) -> Tensor:
-    if y.dtype == low.dtype:
-        return torch.addmm(y, low, B.T, alpha=scale)
-    return (y + low @ B.T * scale).to(y.dtype)
+def _plus(y: Tensor, added: Tensor, scale: float) -> Tensor:
+    return torch.add(y, added, alpha=scale).to(y.dtype)

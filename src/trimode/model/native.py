@@ -179,6 +179,8 @@ class NativeForward:
             num_threads,
             kernels or _native.kernels()[0],
         )
+        # float32 keeps weights of few bits as they are stored, and multiplies the numbers that they mean
+        self._model.rounds_activations = precision == "int8"
         self.threads = num_threads
         self._norms: dict[int, dict[str, np.ndarray]] = {}
         self._maps: dict[tuple[int, str], dict[str, Any]] = {}
@@ -195,6 +197,9 @@ class NativeForward:
     def kernels(self) -> str:
         """The kernel set that runs."""
         return self._model.kernels
+
+    def describe(self) -> str:
+        return f"native {self.precision}, {self.kernels}, {self.threads} threads"
 
     def load(self, tensors: Mapping[str, Any] | Any) -> None:
         """Take packed matrices and float32 vectors by trimode's names, such as `layers.0.qkv.weight`."""

@@ -6,7 +6,6 @@ inputs, H heads, G key-value heads, K head size, D width, V vocabulary.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,71 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from trimode.errors import CheckpointError
 from trimode.model.attention import Attend
 from trimode.model.config import ModelConfig
+from trimode.model.linear import PACKED_ROWS, Linear
 from trimode.model.lora import Lora
 from trimode.model.rope import inverse_frequencies, query_scale, rotate, rotation
 
-__all__ = ["Linear", "Transformer"]
-
-PACKED_ROWS = 4
-"""Fewest rows that a packed product is given."""
-
-
-class Linear(nn.Module):
-    """y = x W' + b, with W optionally packed for oneDNN.
-
-    Packed weights are laid out once for the CPU's matrix kernel. Measured on two Zen 4 cores over all linear maps of the embedded model
-    in float32: 25 ms for four rows and 27 ms for eight, against 53 ms unpacked for one. Fewer than four rows take longer than
-    four (29 ms, 34 ms), so they are padded. From two rows on, a row's result is bit for bit the same whatever shares the product.
-    """
-
-    def __init__(self, num_inputs: int, num_outputs: int, bias: bool = False, **kwargs) -> None:
-        super().__init__()
-        self.weight: nn.Parameter | None = nn.Parameter(torch.empty(num_outputs, num_inputs, **kwargs))
-        self.bias = nn.Parameter(torch.empty(num_outputs, **kwargs)) if bias else None
-        self._packed: Tensor | None = None
-        self._product: Any = F.linear
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self._packed is None:
-            return self._product(x, self.weight, self.bias)
-        num_rows = x.shape[0]
-        if num_rows >= PACKED_ROWS:
-            return self._product(x, self._packed, self.bias, "none", [], "")
-        x = F.pad(x, (0, 0, 0, PACKED_ROWS - num_rows))
-        return self._product(x, self._packed, self.bias, "none", [], "")[:num_rows]
-
-    # nobody hooks these leaves (sharding wraps whole layers), and nn.Module's own call costs half a millisecond a forward
-    __call__ = forward
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether `pack` took effect."""
-        return self._packed is not None
-
-    def pack(self) -> None:
-        """Lay the weight out for inference on the CPU and let go of the plain one. No-op where oneDNN has no kernel for it."""
-        weight = self.weight
-        if weight is not None and _can_pack(weight):
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 8)
-            self._product = torch.ops.mkldnn._linear_pointwise.default
-            self.weight = None
-
-    def dense_weight(self) -> Tensor:
-        """The plain weight [outputs, inputs], packed or not."""
-        if self.weight is not None:
-            return self.weight.detach()
-        assert self._packed is not None
-        return self._packed.to_dense()
-
-
-def _can_pack(weight: Tensor) -> bool:
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight") or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False
-    if weight.dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return weight.dtype == torch.float32
+__all__ = ["Transformer"]
 
 
 class RMSNorm(nn.Module):

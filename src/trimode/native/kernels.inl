@@ -155,13 +155,69 @@ void block_int(const Matrix& m, int panel, const Rows& x, int row, const Output&
     for (int r = 0; r < R; ++r) put(out, row + r, panel + p, acc[p][r]);
 }
 
+// four inputs of P panels: weights back to floats, then as in block_f32
+template <int R, int P, int J>
+inline void add_inputs(Floats (&acc)[P][R], const Bytes (&four)[P], const Floats (&scale)[P], const Floats (&least)[P],
+                       const float* const (&rows)[R], size_t k) {
+  if constexpr (J < 4) {
+    Floats weights[P];
+    // exact: the product has at most 19 bits, and the sum is the number that the file means
+    for (int p = 0; p < P; ++p) weights[p] = fma(scale[p], byte_of<J>(four[p]), least[p]);
+    for (int r = 0; r < R; ++r) {
+      const Floats one = all(rows[r][k + J]);
+      for (int p = 0; p < P; ++p) acc[p][r] = fma(weights[p], one, acc[p][r]);
+    }
+    add_inputs<R, P, J + 1>(acc, four, scale, least, rows, k);
+  }
+}
+
+// weights of few bits, activations in float32: the very numbers, and a fifth of the bytes to read
+template <int R, int P, bool kNibbles>
+void block_widened(const Matrix& m, int panel, const Rows& x, int row, const Output& out) {
+  constexpr int kSteps = kGroup / 4;
+  constexpr int kGroupBytes = kNibbles ? kGroup * kLanes / 2 : kGroup * kLanes;
+  const int groups = m.num_groups();
+  Floats acc[P][R];
+  for (int p = 0; p < P; ++p)
+    for (int r = 0; r < R; ++r) acc[p][r] = zero();
+  const float* rows[R];
+  for (int r = 0; r < R; ++r) rows[r] = x.values + (size_t)(row + r) * x.stride;
+  for (int g = 0; g < groups; ++g) {
+    Floats scale[P], least[P];
+    const uint8_t* w[P];
+    for (int p = 0; p < P; ++p) {
+      const uint8_t* begin = m.data + (size_t)(panel + p) * m.panel_bytes;
+      const uint16_t* d = (const uint16_t*)(begin + (size_t)groups * kGroupBytes);
+      w[p] = begin + (size_t)g * kGroupBytes;
+      scale[p] = load_halves(d + (size_t)g * kLanes);
+      least[p] = kNibbles ? load_halves(d + (size_t)(groups + g) * kLanes) : mul(scale[p], all(-128.0f));
+    }
+    for (int s = 0; s < kSteps; s += kNibbles ? 2 : 1) {
+      Bytes first[P], second[P];
+      for (int p = 0; p < P; ++p) {
+        const Bytes packed = load_bytes(w[p] + (size_t)s * 4 * kLanes / (kNibbles ? 2 : 1));
+        first[p] = kNibbles ? low_nibbles(packed) : packed;
+        if (kNibbles) second[p] = high_nibbles(packed);
+      }
+      add_inputs<R, P, 0>(acc, first, scale, least, rows, (size_t)g * kGroup + s * 4);
+      if constexpr (kNibbles) add_inputs<R, P, 0>(acc, second, scale, least, rows, (size_t)g * kGroup + s * 4 + 4);
+    }
+  }
+  for (int p = 0; p < P; ++p)
+    for (int r = 0; r < R; ++r) put(out, row + r, panel + p, acc[p][r]);
+}
+
 template <int R, int P>
 void block_of(const Matrix& m, int panel, const Rows& x, int row, const Output& out, const Ahead& ahead) {
   switch (m.format) {
     case Format::f32: return block_f32<R, P>(m, panel, x, row, out);
     case Format::bf16: return block_bf16<R, P>(m, panel, x, row, out);
-    case Format::u8: return block_int<R, P, false>(m, panel, x, row, out, ahead);
-    case Format::u4: return block_int<R, P, true>(m, panel, x, row, out, ahead);
+    case Format::u8:
+      if (x.quantized == nullptr) return block_widened<R, P, false>(m, panel, x, row, out);
+      return block_int<R, P, false>(m, panel, x, row, out, ahead);
+    case Format::u4:
+      if (x.quantized == nullptr) return block_widened<R, P, true>(m, panel, x, row, out);
+      return block_int<R, P, true>(m, panel, x, row, out, ahead);
   }
 }
 

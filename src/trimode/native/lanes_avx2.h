@@ -100,6 +100,13 @@ inline Bytes high_nibbles(Bytes x) {
   const __m256i low = _mm256_set1_epi8(15);
   return {_mm256_and_si256(_mm256_srli_epi16(x.a, 4), low), _mm256_and_si256(_mm256_srli_epi16(x.b, 4), low)};
 }
+// of 16 groups of 4 unsigned bytes the J-th of each
+template <int J>
+inline Floats byte_of(Bytes x) {
+  const __m256i low = _mm256_set1_epi32(255);
+  return {_mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(x.a, 8 * J), low)),
+          _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(x.b, 8 * J), low))};
+}
 #ifdef TRIMODE_AVXVNNI
 template <bool kIsBiased>
 inline Ints dot(Ints acc, Bytes w, int32_t x) {

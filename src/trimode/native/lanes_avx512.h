@@ -50,6 +50,11 @@ inline Floats high_bf16(const uint8_t* p) {
 inline Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 inline Bytes low_nibbles(Bytes b) { return {_mm512_and_si512(b.v, _mm512_set1_epi8(15))}; }
 inline Bytes high_nibbles(Bytes b) { return {_mm512_and_si512(_mm512_srli_epi16(b.v, 4), _mm512_set1_epi8(15))}; }
+// of 16 groups of 4 unsigned bytes the J-th of each
+template <int J>
+inline Floats byte_of(Bytes b) {
+  return {_mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(b.v, 8 * J), _mm512_set1_epi32(255)))};
+}
 // acc + the dot products of 16 groups of 4 unsigned bytes with the same 4 signed ones
 template <bool kIsBiased>
 inline Ints dot(Ints acc, Bytes w, int32_t x) {

@@ -87,6 +87,10 @@ inline Bytes high_nibbles(const Bytes& b) {
   for (int i = 0; i < 64; ++i) out.v[i] = b.v[i] >> 4;
   return out;
 }
+template <int J>
+inline Floats byte_of(const Bytes& b) {
+  TRIMODE_EACH(Floats, (float)b.v[4 * i + J]);
+}
 template <bool kIsBiased>
 inline Ints dot(const Ints& acc, const Bytes& w, int32_t x) {
   int8_t four[4];

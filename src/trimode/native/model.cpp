@@ -109,7 +109,6 @@ Rows Model::prepare(Floats2d& x, int num_rows, int num_inputs, bool quantized, P
 
 namespace {
 
-bool is_quantized(const Weights& w) { return w.matrix.format == Format::u8 || w.matrix.format == Format::u4; }
 
 Rows from_row(Rows x, int row) {
   x.values += (size_t)row * x.stride;
@@ -170,8 +169,8 @@ void Model::apply(Layer& layer, Place place, Floats2d& x, int num_rows, int num_
   const bool adapts = !adapted.empty() && group.a.is_set();
   const int n = (int)adapted.size(), rank = adapts ? group.a.matrix.num_outputs : 0;
   // where most rows are adapted, A takes all of them beside the base: one hand-over less, and no copy of the inputs
-  const bool together = adapts && 2 * n > num_rows && is_quantized(w) == is_quantized(group.a);
-  const Rows rows = prepare(x, num_rows, num_inputs, is_quantized(w), prepared_);
+  const bool together = adapts && 2 * n > num_rows && rounds(w) == rounds(group.a);
+  const Rows rows = prepare(x, num_rows, num_inputs, rounds(w), prepared_);
   const Product base{&w, rows, num_rows, {y.values, y.stride, nullptr, add, 1.0f}};
   if (together) {
     low_.reserve(num_rows, rank);
@@ -189,10 +188,10 @@ void Model::apply(Layer& layer, Place place, Floats2d& x, int num_rows, int num_
     picked_.reserve(n, num_inputs);
     for (int i = 0; i < n; ++i) std::memcpy(picked_.row(i), x.row(adapted[i]), picked_.stride * 4);
     low_.reserve(n, rank);
-    multiply({{&group.a, prepare(picked_, n, num_inputs, is_quantized(group.a), prepared_picked_), n,
+    multiply({{&group.a, prepare(picked_, n, num_inputs, rounds(group.a), prepared_picked_), n,
                {low_.values, low_.stride, nullptr, false, 1.0f}}});
   }
-  const Rows low = prepare(low_, n, rank, is_quantized(group.parts[0].b), prepared_low_);
+  const Rows low = prepare(low_, n, rank, rounds(group.parts[0].b), prepared_low_);
   std::vector<Product> parts;
   for (const AdapterPart& part : group.parts) {
     parts.push_back({&part.b, from_column(low, part.column), n,
@@ -347,7 +346,7 @@ void Model::head(const float* hidden, int count, int but, float* logits, size_t 
   const Threads::Awake awake(threads_);
   final_.reserve(count, config.width);
   for (int r = 0; r < count; ++r) std::memcpy(final_.row(r), hidden + (size_t)r * config.width, (size_t)config.width * 4);
-  const Rows x = prepare(final_, count, config.width, is_quantized(w), prepared_final_);
+  const Rows x = prepare(final_, count, config.width, rounds(w), prepared_final_);
   const int num_chunks = (m.num_panels + kHeadPanels - 1) / kHeadPanels;
   struct Best {
     float value, maximum, sum;

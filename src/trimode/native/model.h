@@ -125,6 +125,8 @@ class Model {
   std::vector<float> norm;
   float adapter_scale = 1.0f;
   std::vector<float> mask_embedding;
+  // Activations are rounded to int8 for products with integer weights; else those weights are widened.
+  bool rounds_activations = true;
   int num_threads() const { return threads_.count(); }
 
  private:
@@ -153,6 +155,9 @@ class Model {
     int from, to;
   };
 
+  bool rounds(const Weights& w) const {
+    return rounds_activations && (w.matrix.format == Format::u8 || w.matrix.format == Format::u4);
+  }
   void reserve(int num_inputs);
   Rows prepare(Floats2d& x, int num_rows, int num_inputs, bool quantized, Prepared& room);
   void multiply(const std::vector<Product>& products);

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <stdexcept>
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <cpuid.h>
@@ -75,6 +76,22 @@ PyMatrix borrow(int format, int outputs, int inputs, py::buffer buffer) {
   if ((size_t)(info.size * info.itemsize) != needed) throw std::invalid_argument("a packed matrix of this shape has other bytes");
   m.weights->matrix.data = static_cast<const uint8_t*>(info.ptr);
   return m;
+}
+
+// y [rows][outputs] of x [rows][inputs], by one kernel set and thread: what its tests look at
+void multiply_rows(const Matrix& m, const Kernels& kernels, const float* x, int num_rows, float* y) {
+  const size_t padded = (size_t)m.padded_inputs, groups = (size_t)m.num_groups(), outputs = (size_t)m.num_panels * kLanes;
+  std::vector<float> values(num_rows * padded + kLanes), scales(num_rows * groups), sums(scales.size()), out(num_rows * outputs);
+  std::vector<int8_t> quantized(num_rows * padded + 64);
+  std::vector<int32_t> biases(scales.size());
+  for (size_t r = 0; r < (size_t)num_rows; ++r) {
+    std::copy_n(x + r * m.num_inputs, m.num_inputs, &values[r * padded]);
+    kernels.quantize(&values[r * padded], m.padded_inputs, &quantized[r * padded], &scales[r * groups], &sums[r * groups],
+                     &biases[r * groups]);
+  }
+  const Rows rows{values.data(), padded, quantized.data(), padded, scales.data(), sums.data(), biases.data(), groups};
+  kernels.multiply(m, 0, m.num_panels, rows, num_rows, {out.data(), outputs, nullptr, false, 1.0f});
+  for (size_t r = 0; r < (size_t)num_rows; ++r) std::copy_n(&out[r * outputs], m.num_outputs, y + r * m.num_outputs);
 }
 
 bool is_sized(const Weights& w, int outputs, int inputs) {
@@ -204,6 +221,14 @@ PYBIND11_MODULE(_native, m) {
                              })
       .def_property_readonly("num_outputs", [](const PyMatrix& self) { return self.weights->matrix.num_outputs; })
       .def_property_readonly("num_inputs", [](const PyMatrix& self) { return self.weights->matrix.num_inputs; })
+      .def("multiply",
+           [](const PyMatrix& self, FloatArray x, const std::string& kernels) {
+             if (x.ndim() != 2 || x.shape(1) != self.weights->matrix.num_inputs)
+               throw std::invalid_argument("rows [n, " + std::to_string(self.weights->matrix.num_inputs) + "] are needed");
+             py::array_t<float> out({x.shape(0), (py::ssize_t)self.weights->matrix.num_outputs});
+             multiply_rows(self.weights->matrix, *kernels_named(kernels), x.data(), (int)x.shape(0), out.mutable_data());
+             return out;
+           })
       .def_property_readonly("num_bytes",
                              [](const PyMatrix& self) { return self.weights->matrix.panel_bytes * self.weights->matrix.num_panels; })
       .def("view", [](py::object self) {
@@ -330,6 +355,7 @@ PYBIND11_MODULE(_native, m) {
              return py::make_tuple(best, logsumexp);
            },
            py::arg("hidden"), py::arg("but"), py::arg("logits").noconvert())
+      .def_readwrite("rounds_activations", &Model::rounds_activations)
       .def_property_readonly("num_threads", &Model::num_threads)
       .def_property_readonly("kernels", [](const Model& self) { return self.kernels->name; });
 }

@@ -218,7 +218,7 @@ def _over(service: Service, request: Request, client: str, call: Call, whole: bo
     service.release(call, client)
     generations = [entry.generation for entry in call.entries]
     request.state.facts.update(
-        mode=call.entries[0].answer.mode,
+        mode=call.entries[0].answer.stats().mode,
         prompt_tokens=len(generations[0].prompt),
         completion_tokens=sum(g.num_new for g in generations),
         first_token_s=_rounded(call.entries[0].answer.first_token_s),

@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from trimode.errors import ContextLengthError, EngineContractError, QueueFullError, TrimodeError
+from trimode.errors import ContextLengthError, EngineContractError, GrammarError, QueueFullError, TrimodeError
 
 __all__ = ["ApiError", "as_api_error"]
 
@@ -56,6 +56,8 @@ def as_api_error(error: TrimodeError, fields: Collection[str] = (), *, retry_aft
         return ApiError(429, message, code="queue_full", headers={"Retry-After": str(retry_after_s)})
     if isinstance(error, EngineContractError):
         return ApiError(500, "The request could not be finished: an error of the server's own.")
+    if isinstance(error, GrammarError):
+        return ApiError(400, message, param=next((f for f in ("response_format", "tools") if f in fields), None))
     words = re.findall(r"\w+", message)
     param = next((word for word in words if word in fields), None)
     code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None

@@ -93,7 +93,8 @@ async def read_body(request: Request, limits: ServerLimits) -> bytes:
         # also what keeps a foreign page in somebody's browser from using a server without keys
         raise ApiError(415, f"The body must be JSON, sent as 'Content-Type: application/json'; got {kind[:100]!r}.")
     try:
-        return await asyncio.wait_for(_whole(request, limits), limits.body_time_s)
+        async with asyncio.timeout(limits.body_time_s):
+            return await _whole(request, limits)
     except TimeoutError:
         raise ApiError(
             408, f"The body did not arrive within {limits.body_time_s:g} seconds.", headers={"Connection": "close"}

@@ -34,6 +34,21 @@ _NOT_SERVED = {
 """Fields of OpenAI's that would be without effect here."""
 
 
+_SAID = {
+    "list_type": "must be a list",
+    "dict_type": "must be an object",
+    "model_type": "must be an object",
+    "model_attributes_type": "must be an object",
+    "string_type": "must be a string",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "too_short": "must not be empty",
+    "string_pattern_mismatch": "must be 1 to 64 letters, digits, dots, dashes or underscores",
+}
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -229,8 +244,9 @@ def _json_type(value: Any) -> str:
 
 def _first_fault(error: ValidationError, kind: type[BaseModel]) -> ApiError:
     faults = error.errors(include_url=False)
-    # an unknown field first: it is often why another one is missing
-    fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
+    # a part of another kind first, then an unknown field: they are often why another one is missing
+    fault = next((f for f in faults if f["loc"][-1] == "type" and f["type"] == "literal_error"), None)
+    fault = fault or next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
     # of the kinds that a field may have, pydantic names each: they are none of the client's fields
     path = [str(p) for p in fault["loc"] if isinstance(p, int) or not ("[" in p or p in ("str", "list"))]
     where = ".".join(path)
@@ -243,8 +259,8 @@ def _first_fault(error: ValidationError, kind: type[BaseModel]) -> ApiError:
     if fault["type"] == "missing":
         return ApiError(400, f"The field {where!r} is missing.", param=where)
     got = "" if fault["input"] is None or isinstance(fault["input"], dict | list) else f"; got {fault['input']!r:.80}"
-    said = fault["msg"].replace("Input should be", "must be").replace(" or instance of", " or")
-    return ApiError(400, f"{where}: {said}{got}.", param=where)
+    said = _SAID.get(fault["type"]) or fault["msg"].replace("Input should be", "must be")
+    return ApiError(400, f"{where} {said}{got}.", param=where)
 
 
 def _known_fields(kind: type[BaseModel], path: list[str]) -> list[str]:

@@ -105,7 +105,8 @@ class Service:
     # ---- its life ---------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin to serve."""
+        """Begin to serve; what forwards cost is measured first, if `auto` needs it, so that no client waits for that."""
+        self.model.open_answer([self.model.config.bos_token_id or 0], {"mode": "auto", "max_new_tokens": 1})
         self.worker.start()
 
     def stop(self) -> None:
@@ -400,7 +401,9 @@ class Service:
         while num_left:
             left = call.deadline - time.monotonic()
             try:
-                index, event = await asyncio.wait_for(call.events.get(), max(0.0, min(left, HEARTBEAT_S)))
+                # not wait_for: in Python 3.11 it forgets that it was cancelled if an event comes at the same moment
+                async with asyncio.timeout(max(0.0, min(left, HEARTBEAT_S))):
+                    index, event = await call.events.get()
             except TimeoutError:
                 if left <= HEARTBEAT_S:
                     limit = f"{self.limits.request_time_s:g}"
@@ -445,7 +448,8 @@ class _told:  # noqa: N801 - read as a word: with _told(body)
     """Library errors become replies that name the request's field."""
 
     def __init__(self, body: GenerationRequest) -> None:
-        self._fields = set(type(body).model_fields)
+        # only what was given can be at fault
+        self._fields = set(body.model_fields_set)
 
     def __enter__(self) -> None:
         return None

@@ -66,11 +66,12 @@ class EventStream(Response):
             # without an end to the body, the connection is closed
             pass
         finally:
+            # first: what still sends ends with its answers, whatever else it waits for
+            self._on_end(whole)
             for task in (watching, sending):
                 task.cancel()
                 with suppress(asyncio.CancelledError, Exception):
                     await task
-            self._on_end(whole)
 
     async def _send_all(self, send: Send) -> None:
         headers = [(name.encode(), value.encode("latin-1")) for name, value in self._told.items()]
@@ -81,6 +82,7 @@ class EventStream(Response):
 
     async def _send(self, send: Send, message: Message) -> None:
         try:
-            await asyncio.wait_for(send(message), self._send_time_s)
+            async with asyncio.timeout(self._send_time_s):
+                await send(message)
         except TimeoutError:
             raise ClientGone from None

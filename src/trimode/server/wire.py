@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -264,6 +265,7 @@ def _cost(stats: Sequence[Stats], call: Call) -> dict[str, Any]:
         "e2e_tpf": tokens / max(prefill + decode, 1),
         "acceptance_length": round_tokens / rounds if rounds else None,
         "block_length": (settings.block_length or call.entries[0].generation.traits.block_length) if blocks else None,
+        "choices": dict(sum((Counter(entry.generation.choices) for entry in call.entries), Counter())) or None,
         "revised": sum(s.revised for s in stats),
         "seconds": seconds,
         "first_token_seconds": min(s.first_token_seconds for s in stats),

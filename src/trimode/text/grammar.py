@@ -7,7 +7,7 @@ answers share and forward from there, so that drafts that are rejected need no u
 import json
 from collections.abc import Collection, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -146,4 +146,6 @@ class GrammarState:
 
 
 def _one_line(fault: str) -> str:
-    return " ".join(cast(str, fault).split())[:300]
+    """The fault alone; the library shows the place in the grammar below it, which for a schema is one that nobody wrote."""
+    lines = [line.strip() for line in fault.splitlines() if line.strip()]
+    return " ".join(line for line in lines if "|" not in line and line.strip("^ "))[:300]

@@ -2,7 +2,7 @@
 
 import gzip
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -15,7 +15,7 @@ from torch import Tensor
 from trimode.diffusion.corruption import SampleNoise
 from trimode.errors import DataError, TrimodeError
 
-__all__ = ["Document", "Mixture", "TokenBatch", "pack", "read_documents", "read_prompts", "read_records"]
+__all__ = ["Document", "Mixture", "TokenBatch", "make_documents", "pack", "read_prompts", "read_records"]
 
 SHORTEST_ANSWER = 3
 """Fewest tokens of a document that may be learnt: an anchor's successor, and one behind it to draft."""
@@ -162,25 +162,33 @@ Encode = Callable[[Any], tuple[list[int], int]]
 """A chat's `messages` or a plain text to ids and how many of them are given."""
 
 
-def read_documents(
-    path: Path, encode: Encode, *, max_tokens: int, vocab_size: int, skip: Skip | None = None
+def make_documents(
+    records: Iterable[tuple[int, Mapping[str, Any]]],
+    where: str,
+    encode: Encode,
+    *,
+    max_tokens: int,
+    vocab_size: int,
+    skip: Skip | None = None,
 ) -> list[Document]:
     """Training documents: lines with `prompt_ids` and `answer_ids` (as `trimode distill` writes them), `messages` whose last one
     is the assistant's, or `text`. What is longer than max_tokens is cut; what then holds nothing to learn is refused or skipped.
+
+    where: what the numbered lines lie in, for complaints.
     """
     documents = []
-    for number, record in read_records(path, skip=skip):
+    for number, record in records:
         try:
             document = _document(record, encode, max_tokens, vocab_size)
         except TrimodeError as error:
-            fault = f"line {number} of {path}: {error}"
+            fault = f"line {number} of {where}: {error}"
             if skip is None:
                 raise DataError(f"L{fault[1:]} Mend it, or have bad lines skipped.") from None
             skip(fault)
             continue
         documents.append(document)
     if not documents:
-        raise DataError(f"{path} holds no documents.")
+        raise DataError(f"{where} holds no documents.")
     return documents
 
 

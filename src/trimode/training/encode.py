@@ -1,15 +1,33 @@
-"""Chats and texts to training documents' ids, with the base's own tokenizer and template."""
+"""Sources to training documents: chats and texts become ids with the base's own tokenizer and template."""
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from trimode.checkpoint import Checkpoint
 from trimode.errors import DataError
 from trimode.text.chat_template import render_chat, validate_messages
 from trimode.text.tokenizer import Tokenizer
-from trimode.training.data import Encode
+from trimode.training.data import Document, Encode, Skip, make_documents, read_records
+from trimode.training.hub import read_hub
+from trimode.training.recipe import Source
 
-__all__ = ["make_encode"]
+__all__ = ["make_encode", "read_source"]
+
+
+def read_source(
+    source: Source, encode: Encode, *, max_tokens: int, vocab_size: int, skip: Skip | None = None
+) -> list[Document]:
+    """The documents of a file or of a data set on the hub."""
+    if source.path is not None:
+        records = islice(read_records(Path(source.path), skip=skip), source.limit)
+        where = source.path
+    else:
+        assert source.hub is not None
+        records = read_hub(source.hub, subset=source.subset, split=source.split or "train", limit=source.limit)
+        where = source.hub
+    return make_documents(records, where, encode, max_tokens=max_tokens, vocab_size=vocab_size, skip=skip)
 
 
 def make_encode(checkpoint: Checkpoint) -> Encode:

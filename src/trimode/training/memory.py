@@ -64,16 +64,23 @@ def _activations(config: ModelConfig, recipe: Recipe, size: int) -> int:
                 rows = documents * min(recipe.blocks.blocks_per_document, length) * (longest - 1)
             else:
                 rows = documents * min(recipe.drafter.blocks_per_document, length) * recipe.block_length
-            # every row's weights over its text, kept in float32 and in the model's dtype; the text's keys and values
-            over_text = config.num_heads * length * (4 + size)
+            # every row's weights over its text; the text's keys and values
+            over_text = config.num_heads * length * size
             clean = documents * length * 2 * kv * size * config.num_layers
         case "ar":
             rows, over_text = documents * length, 0
         case _:
             rows, over_text = documents * 2 * length, 0
-    per_layer = size * ((6 if full else 4.5) * D + 4 * config.mlp_width + 4 * q + 3 * kv) + over_text
+    # under autocast the residual stream and the turned queries and keys stay float32
+    wide = WIDE if full else size
+    per_layer = wide * ((6 if full else 4.5) * D + 4 * q + 3 * kv) + size * 4 * config.mlp_width + over_text
     if not full:
         per_layer += size * len(recipe.adapter.parts) * recipe.adapter.rank
     kept = size * D * config.num_layers + per_layer if recipe.train.recompute else per_layer * config.num_layers
     head = 2 * rows * V * size
-    return int(rows * kept + clean + head)
+    casts = 0
+    if full and size < WIDE:
+        # autocast rounds weights for the products and keeps them for the gradient, all layers' or, recomputing, one's
+        layer = sum(inputs * outputs for inputs, outputs in config.part_sizes.values())
+        casts = size * (V * D + layer * (1 if recipe.train.recompute else config.num_layers))
+    return int(rows * kept + clean + head + casts)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from trimode.diffusion.corruption import SampleNoise
@@ -19,7 +19,7 @@ from trimode.training.data import TokenBatch
 from trimode.training.head import CHUNK_ROWS, head_statistics
 from trimode.training.trainable import TrainableModel
 
-__all__ = ["ConversionSettings", "Loss", "Objective", "convert_adapter", "matched_drafts"]
+__all__ = ["ConversionSettings", "Loss", "Objective", "convert_adapter", "drafts_that_match", "matched_drafts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +129,19 @@ def matched_drafts(
 
     Teacher-forced: the texts should be the base's own greedy answers.
     """
+    right, asked = drafts_that_match(model, batch, block_length=block_length, blocks_per_document=blocks_per_document)
+    measures = {"matched": float(right.cumprod(dim=1).sum(dim=1).float().mean())}
+    for d in range(min(4, right.shape[1])):
+        measures[f"agree_{d + 1}"] = float(right[:, d].sum() / asked[:, d].sum().clamp(min=1))
+    return measures
+
+
+@torch.no_grad()
+def drafts_that_match(
+    model: TrainableModel, batch: TokenBatch, *, block_length: int, blocks_per_document: int
+) -> tuple[Bool[Tensor, "n d"], Bool[Tensor, "n d"]]:
+    """For n blocks, in the order of their anchors, which drafts behind the exact first token are the base's own choice, and which lie
+    within the text. With as many blocks as an answer has tokens, every token is an anchor."""
     settings = ConversionSettings(
         block_lengths=(block_length,), blocks_per_document=blocks_per_document, partial=0.0, decay=1e9
     )
@@ -141,12 +154,7 @@ def matched_drafts(
     # beyond the text there is nothing to match: such rows count as wrong
     right = (model.logits(noisy).argmax(-1) == expected) & (rows.weight > 0)
     m = block_length - 1
-    right = right.view(-1, m)[:, : m - 1]
-    asked = (rows.weight > 0).view(-1, m)[:, : m - 1]
-    measures = {"matched": float(right.cumprod(dim=1).sum(dim=1).float().mean())}
-    for d in range(min(4, m - 1)):
-        measures[f"agree_{d + 1}"] = float(right[:, d].sum() / asked[:, d].sum().clamp(min=1))
-    return measures
+    return right.view(-1, m)[:, : m - 1], (rows.weight > 0).view(-1, m)[:, : m - 1]
 
 
 def cross_entropy_and_distance(
@@ -226,7 +234,7 @@ def _draw_rows(model: TrainableModel, batch: TokenBatch, noise: SampleNoise, set
 
 
 def _reached(logprob: Tensor, rows: _Rows, asked: Tensor) -> Tensor:
-    """For each place that is asked, the product of the probabilities of what was asked before it in its block, since the last known token.
+    """Of each place that is asked: the product of the probabilities of those before it in its block, since the last known token.
 
     logprob: the student's, of the right token at each place asked.
     """

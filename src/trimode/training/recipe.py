@@ -37,10 +37,24 @@ ObjectiveName = Literal["adapter", "joint", "diffusion", "ar", "drafter"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A file of documents and its weight in the mixture."""
+    """Documents and their weight in the mixture: a file, or a data set of the hub."""
 
-    path: str
+    path: str | None = None
+    """A JSONL file, also gzipped."""
+    hub: str | None = None
+    """A data set, `owner/name`; its rows hold what the lines of a file would: `messages`, `text`, or ids."""
+    subset: str | None = None
+    """hub: its configuration."""
+    split: str | None = None
+    """hub: `train` unless named."""
+    limit: int | None = None
+    """Only so many lines or rows, the first ones."""
     weight: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """What it is called, wherever a file of it lies."""
+        return Path(self.path).name if self.path is not None else str(self.hub)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +99,8 @@ class Recipe:
     drafter: DrafterSettings = field(default_factory=DrafterSettings)
     block_length: int = 8
     """What the trained checkpoint decodes with unless told otherwise."""
+    mask_token: str | None = None
+    """What stands for a token that is not known yet, where the base names none: a token of its vocabulary or an id."""
 
     def identity(self) -> dict[str, Any]:
         """What must stay the same for a run to be continued; its length and how often it saves may change."""
@@ -94,12 +110,15 @@ class Recipe:
         for name, objectives in _TABLES.items():
             if self.objective not in objectives:
                 whole.pop(name)
-        for source in whole["data"]["sources"]:
-            source["path"] = Path(source["path"]).name
+        whole["data"]["sources"] = [
+            {key: value for key, value in source.items() if value is not None}
+            | ({} if source["path"] is None else {"path": Path(source["path"]).name})
+            for source in whole["data"]["sources"]
+        ]
         whole["base"] = Path(whole["base"]).name
-        # a run begun before there was this choice began from no change
+        # choices that were not made are left out, so that a run begun before there was such a choice goes on
         whole["adapter"] = {key: value for key, value in whole["adapter"].items() if value is not None}
-        return whole
+        return {key: value for key, value in whole.items() if value is not None}
 
 
 def read_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
@@ -135,8 +154,11 @@ def make_recipe(raw: dict[str, Any], directory: Path, changes: Sequence[str] = (
         )
     if recipe.adapter.initial is not None and recipe.objective not in ("adapter", "drafter"):
         raise SettingError(f"adapter.initial has no effect with objective = {recipe.objective!r}. Leave it out.")
+    for i, source in enumerate(recipe.data.sources):
+        _check_source(source, f"data.sources[{i}]")
     sources = tuple(
-        Source(path=str((directory / source.path).resolve()), weight=source.weight) for source in recipe.data.sources
+        source if source.path is None else replace(source, path=str((directory / source.path).resolve()))
+        for source in recipe.data.sources
     )
     base = directory / recipe.base
     initial = recipe.adapter.initial
@@ -146,6 +168,15 @@ def make_recipe(raw: dict[str, Any], directory: Path, changes: Sequence[str] = (
         base=str(base.resolve()) if base.exists() else recipe.base,
         adapter=replace(recipe.adapter, initial=initial and str((directory / initial).resolve())),
     )
+
+
+def _check_source(source: Source, label: str) -> None:
+    if (source.path is None) == (source.hub is None):
+        raise SettingError(f"{label} needs a path (a JSONL file) or a hub (a data set), one of the two.")
+    if source.hub is None and (source.subset is not None or source.split is not None):
+        raise SettingError(f"{label}: subset and split belong to a data set of the hub and have no effect with a path.")
+    if source.limit is not None and source.limit < 1:
+        raise SettingError(f"{label}.limit must be at least 1; got {source.limit}.")
 
 
 def _apply(raw: dict[str, Any], change: str) -> None:

@@ -8,7 +8,9 @@ continued on another number of ranks.
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -29,11 +32,12 @@ from trimode.errors import RunStateError
 __all__ = ["RunDirectory"]
 
 STATE, KIND = "state.json", "trimode-run"
-_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
+_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False, flatten_optimizer_state_dict=True)
+"""Flattened: by parameter and not by group, since groups differ with the number of ranks."""
 
 
 class RunDirectory:
-    """The output folder of one run."""
+    """The output folder of one run: looked at when made, written from `begin` on."""
 
     def __init__(self, path: Path, *, identity: Mapping[str, Any]) -> None:
         """identity: what must be the same for a state to fit (recipe and base). Raises RunStateError for another run's folder."""
@@ -49,18 +53,23 @@ class RunDirectory:
         if found is None:
             if path.exists() and (not path.is_dir() or any(path.iterdir())):
                 raise RunStateError(f"{path} holds something else than a run of trimode. Choose another folder.")
-            if self._is_first:
-                try:
-                    path.mkdir(parents=True, exist_ok=True)
-                    marker.write_text(json.dumps({"kind": KIND, "identity": self._identity}, indent=2) + "\n")
-                except OSError as error:
-                    raise RunStateError(f"Cannot write {path}: {error.strerror}.") from error
         elif found.get("identity") != self._identity:
             old, new = found.get("identity") or {}, self._identity
             changed = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
             raise RunStateError(
                 f"{path} holds another run: {', '.join(changed)} differ. Choose another folder or remove it."
             )
+
+    def begin(self) -> None:
+        """Claim the folder, once all else is known to be in order. Raises RunStateError."""
+        _barrier()  # no rank still looks whether somebody else is here
+        marker = self.path / "run.json"
+        if self._is_first and not marker.exists():
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                marker.write_text(json.dumps({"kind": KIND, "identity": self._identity}, indent=2) + "\n")
+            except OSError as error:
+                raise RunStateError(f"Cannot write {self.path}: {error.strerror}.") from error
 
     def states(self) -> list[Path]:
         """Whole states, oldest first."""
@@ -77,9 +86,10 @@ class RunDirectory:
                 shutil.rmtree(draft, ignore_errors=True)
                 draft.mkdir()
             _barrier()
-            dcp.save(  # pyright: ignore[reportPrivateImportUsage]
-                _state(model, optimizer), checkpoint_id=draft / "tensors"
-            )
+            with _quiet_when_alone():
+                dcp.save(  # pyright: ignore[reportPrivateImportUsage]
+                    _state(model, optimizer), checkpoint_id=draft / "tensors"
+                )
             if self._is_first:
                 (draft / STATE).write_text(json.dumps({"step": step}) + "\n")
                 _sync(draft)
@@ -87,7 +97,10 @@ class RunDirectory:
                 for old in self.states()[:-keep]:
                     shutil.rmtree(old)
             _barrier()
-        except Exception as error:  # dcp wraps the disk's errors in its own
+        except (
+            Exception,
+            CheckpointException,
+        ) as error:  # dcp wraps the disk's errors in its own, which is no Exception
             shutil.rmtree(draft, ignore_errors=True)
             last = self.states()
             where = f"The last whole state is {last[-1]}." if last else "There is no earlier state."
@@ -103,10 +116,11 @@ class RunDirectory:
         try:
             step = json.loads((states[-1] / STATE).read_text())["step"]
             state = _state(model, optimizer)
-            dcp.load(state, checkpoint_id=states[-1] / "tensors")  # pyright: ignore[reportPrivateImportUsage]
-        except Exception as error:
+            with _quiet_when_alone():
+                dcp.load(state, checkpoint_id=states[-1] / "tensors")  # pyright: ignore[reportPrivateImportUsage]
+        except (Exception, CheckpointException) as error:
             raise RunStateError(
-                f"{states[-1]} is damaged ({str(error).strip().splitlines()[0]}). Remove it to continue from an earlier state."
+                f"{states[-1]} is damaged ({str(_cause(error)).strip().splitlines()[0]}). Remove it to continue from an earlier state."
             ) from error
         set_model_state_dict(model, state["model"], options=_TRAINED)
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=_TRAINED)
@@ -118,6 +132,14 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]
         "model": get_model_state_dict(model, options=_TRAINED),
         "optimizer": get_optimizer_state_dict(model, optimizer, options=_TRAINED),
     }
+
+
+@contextmanager
+def _quiet_when_alone() -> Iterator[None]:
+    """Without the warning that one process is one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _barrier() -> None:
@@ -135,7 +157,8 @@ def _sync(directory: Path) -> None:
 
 def _cause(error: BaseException) -> BaseException:
     """The disk's own error, if one lies under this one."""
-    seen: BaseException | None = error
+    # dcp keeps those of the ranks apart, outside of the chain of causes
+    seen: BaseException | None = next((e for e, _ in getattr(error, "failures", {}).values()), error)
     while seen is not None and not isinstance(seen, OSError):
         seen = seen.__cause__ or seen.__context__
     return error if seen is None else seen

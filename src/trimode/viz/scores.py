@@ -6,14 +6,13 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-__all__ = ["eval_table", "light_table", "quantization_table"]
+__all__ = ["eval_table", "light_table", "likelihood_table", "quantization_table"]
 
 
 def light_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Tokens a forward of the real policy and of the ideal one, by block length and category."""
-    table = _table("blocks", "prompts")
-    names = ("diffusion\nreal", "ideal", "ideal\na pass", "proven", "self_spec\nreal", "one pass", "ideal")
-    for name in names:
+    table = _table("blocks", "n")
+    for name in ("diffusion\nreal", "ideal", "proven", "self_spec\nreal", "ideal"):
         table.add_column(name, justify="right", no_wrap=True, vertical="bottom")
     previous = None
     for row in rows:
@@ -21,31 +20,22 @@ def light_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             table.add_section()
         previous = row["block_length"]
         d, s = row["diffusion"], row["self_spec"]
-        label = f"{row['block_length']:>2} {row['category']}"
-        table.add_row(
-            label,
-            str(row["prompts"]),
-            *(
-                ["", "", "", ""]
-                if d is None
-                else _figures(d, "real_per_forward", "ideal_per_forward", "ideal_per_pass")
-            ),
-            *([] if d is None else [f"{d['proven']:.0%}"]),
-            *(
-                ["", "", ""]
-                if s is None
-                else _figures(s, "real_per_forward", "one_pass_per_forward", "ideal_per_forward")
-            ),
-        )
+        diffusion = ["", "", ""]
+        if d is not None:
+            diffusion = [*_figures(d, "real_per_forward", "ideal_per_forward"), f"{d['proven']:.0%}"]
+        self_spec = ["", ""] if s is None else _figures(s, "real_per_forward", "ideal_per_forward")
+        table.add_row(f"{row['block_length']:>2} {row['category']}", str(row["prompts"]), *diffusion, *self_spec)
     return table
 
 
 def eval_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """One row a task and setting: its score, what it cost, and its difference to `ar` on the same samples."""
     table = _table("task")
-    table.add_column("setting", vertical="bottom")
+    table.columns[0].no_wrap = True
+    table.columns[0].vertical = "top"
+    table.add_column("setting", min_width=9, overflow="fold")
     for name in ("n", "score", "minus ar", "in part", "tokens/\nforward", "tokens/s"):
-        table.add_column(name, justify="right", no_wrap=True, vertical="bottom")
+        table.add_column(name, justify="right", no_wrap=True)
     previous = None
     for row in rows:
         if previous not in (None, row["task"]):
@@ -58,9 +48,28 @@ def eval_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             str(row["n"]),
             _percent(row["score"]),
             "" if difference is None else _percent(difference, signed=True),
-            ", ".join(f"{name} {100 * part['value']:.0f}" for name, part in row["parts"].items()),
+            "\n".join(f"{name} {100 * part['value']:.0f}" for name, part in row["parts"].items()),
             _figure(row["decode_tpf"]),
             f"{row['tokens_per_second']['value']:.1f}",
+        )
+    return table
+
+
+def likelihood_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One row a group of texts: nats a token, exact and bounded."""
+    table = _table("texts of")
+    table.columns[0].no_wrap = True
+    for name in ("texts", "tokens", "ar\nnats/token", "diffusion >=\nnats/token", "error by\nits draws", "gap"):
+        table.add_column(name, justify="right", no_wrap=True, vertical="bottom")
+    for row in rows:
+        table.add_row(
+            row["group"],
+            str(row["texts"]),
+            f"{row['tokens']:,}",
+            _figure(row["ar_per_token"]),
+            _figure(row["bound_per_token"]),
+            f"±{row['bound_draw_error']:.3f}",
+            _figure(row["gap_per_token"]),
         )
     return table
 

@@ -16,12 +16,15 @@ __all__ = [
     "bench_table",
     "canvas_view",
     "demo_table",
+    "forward_cost_lines",
     "harmless",
     "info_page",
+    "load_table",
     "readable_bytes",
     "settled",
     "stats_line",
     "totals_line",
+    "tune_table",
 ]
 
 MASK = "░"
@@ -112,7 +115,7 @@ def demo_table(runs: Sequence[Mapping[str, Any]]) -> Table:
 def bench_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """One row a setting of a benchmark: medians, and the quartiles of the speed. It fits 80 columns."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True, header_style="bold")
-    table.add_column("setting", vertical="bottom")
+    table.add_column("setting", vertical="bottom", overflow="fold")
     names = (
         "tokens/s",
         "quartiles",
@@ -138,6 +141,64 @@ def bench_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             "" if agreement is None else f"{agreement['share_equal']:.0%}",
         )
     return table
+
+
+def tune_table(points: Sequence[Mapping[str, Any]], chosen: str, least: float) -> Table:
+    """One row a setting, fastest first; a star marks the chosen one, brackets a quality below the least asked for."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True, header_style="bold")
+    table.add_column("setting", vertical="bottom", overflow="fold")
+    for name in ("tokens/s", "tokens/\nforward", "quality", "equal\nto ar"):
+        table.add_column(name, justify="right", vertical="bottom", no_wrap=True)
+    for point in sorted(points, key=lambda p: -p["tokens_per_second"]):
+        quality, agreement = f"{point['quality']:.3f}", point["agreement_with_ar"]
+        table.add_row(
+            f"* {point['label']}" if point["label"] == chosen else f"  {point['label']}",
+            f"{point['tokens_per_second']:.1f}",
+            f"{point['tokens_per_forward']:.2f}",
+            quality if point["quality"] >= least else f"({quality})",
+            "" if agreement is None else f"{agreement['share_equal']:.0%}",
+        )
+    return table
+
+
+def load_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One row a setting and number of requests in flight."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True, header_style="bold")
+    table.add_column("setting", vertical="bottom", overflow="fold")
+    names = (
+        "in\nflight",
+        "tokens/s\ntogether",
+        "quartiles",
+        "tokens/\nforward",
+        "first\ntoken",
+        "request",
+        "as\nalone",
+    )
+    for name in names:
+        table.add_column(name, justify="right", vertical="bottom", no_wrap=True)
+    for row in rows:
+        speed = row["tokens_per_second"]
+        table.add_row(
+            row["label"],
+            str(row["concurrency"]),
+            f"{speed['median']:.1f}",
+            f"{speed['low']:.1f}-{speed['high']:.1f}",
+            f"{row['tokens_per_forward']:.2f}",
+            f"{row['first_token_seconds']['median']:.2f} s",
+            f"{row['request_seconds']['median']:.2f} s",
+            "" if row["equal_to_alone"] is None else f"{row['equal_to_alone']:.0%}",
+        )
+    return table
+
+
+def forward_cost_lines(cost: Mapping[str, Any]) -> Text:
+    """What a forward over T positions costs, three lines."""
+    rows = (
+        ("positions in a forward", [str(T) for T in cost["positions"]]),
+        ("milliseconds", [f"{1000 * s:.1f}" for s in cost["seconds"]]),
+        ("times one position", [f"{ratio:.2f}" for ratio in cost["times_one"]]),
+    )
+    return Text("\n".join(f"{name:<24}" + "".join(f"{value:>9}" for value in values) for name, values in rows))
 
 
 def info_page(facts: Mapping[str, Any], machine: Mapping[str, int | None]) -> Text:

@@ -1,0 +1,175 @@
+"""`auto`: the choice follows the curve of costs, and no choice changes an answer."""
+
+import json
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.worlds import random_lora, tiny_model
+from trimode.decoding.auto import Auto
+from trimode.decoding.interface import Choice
+from trimode.engine.cost import Acceptance, CostTable, MeasuredChooser, cost_table, measure_cost
+
+CHOICES = [Choice("ar"), *(Choice(kind, n) for kind in ("linear", "quadratic") for n in (2, 3, 5, 8))]
+FLAT = CostTable(num_inputs=(1, 64, 128), causal_s=(1.0, 1.05, 1.1), drafting_s=(1.0, 1.05, 1.1))
+STEEP = CostTable(num_inputs=(1, 2, 128), causal_s=(1.0, 2.0, 128.0), drafting_s=(1.0, 2.0, 128.0))
+BENT = CostTable(num_inputs=(1, 8, 128), causal_s=(1.0, 1.1, 16.0), drafting_s=(1.0, 1.1, 16.0))
+
+
+class AnyChoice:
+    """Chooses at random."""
+
+    def __init__(self, seed):
+        self._random = random.Random(seed)
+        self.notes = []
+
+    def choose(self, g, num_sharing):
+        return self._random.choice(CHOICES)
+
+    def note(self, g, num_drafted, num_accepted):
+        assert 0 <= num_accepted <= num_drafted
+        self.notes.append(num_accepted)
+
+
+def worlds():
+    adapted = {"adapter_acts_on": "masks", "known_tokens_are_causal": True}
+    yield tiny_model(3)
+    yield tiny_model(4, block_predicts="next")
+    yield tiny_model(5, lora=random_lora(tiny_model(5).config), block_predicts="next", **adapted)
+
+
+@pytest.mark.parametrize("model", list(worlds()), ids=["self", "next", "converted"])
+@given(seed=st.integers(0, 10_000), prompts=st.lists(st.lists(st.integers(4, 39), min_size=1, max_size=9), max_size=3))
+@settings(max_examples=15, deadline=None)
+def test_whatever_is_chosen_a_greedy_answer_is_that_of_ar(model, seed, prompts):
+    prompts = [[5, 6], *prompts]
+    expected = [out.token_ids for out in model.generate(prompts, mode="ar", max_new_tokens=24)]
+    auto = Auto(AnyChoice(seed))
+    answers = [model.open_answer(p, {"mode": "self_spec", "max_new_tokens": 24}) for p in prompts]
+    for answer in answers:
+        answer.generation.decoder = auto
+    for _ in model._run(answers, None):
+        pass
+    assert [a.generation.new_tokens for a in answers] == expected
+    assert all(sum(a.generation.choices.values()) >= 1 for a in answers)
+
+
+def chosen(table, rate, num_sharing=1, first_is_exact=False):
+    chooser = MeasuredChooser(table, has_adapter=True, first_is_exact=first_is_exact)
+    return chooser._best(Acceptance(rate), None, num_sharing, probe=False)
+
+
+def test_where_width_costs_nothing_good_drafts_are_verified_and_drafted_in_one_forward():
+    assert chosen(FLAT, 0.8).kind == "quadratic"
+
+
+def test_where_every_input_costs_as_much_as_a_forward_nothing_is_drafted():
+    assert chosen(STEEP, 0.95) == Choice("ar")
+
+
+def test_where_drafts_are_never_right_nothing_is_drafted():
+    assert chosen(FLAT, 0.0) == Choice("ar")
+
+
+def test_a_block_ends_where_the_curve_bends():
+    choice = chosen(BENT, 0.9)
+    assert choice.kind == "linear"
+    assert 6 <= choice.block_length <= 10
+
+
+def test_many_that_share_a_forward_draft_less():
+    lengths = [chosen(BENT, 0.9, n).block_length for n in (1, 2, 4, 16)]
+    assert lengths == sorted(lengths, reverse=True)
+    assert chosen(BENT, 0.9, 64) == Choice("ar")
+
+
+@given(
+    rate=st.floats(0, 1),
+    seconds=st.lists(st.floats(0.001, 1), min_size=3, max_size=3),
+    num_sharing=st.integers(1, 32),
+    exact=st.booleans(),
+)
+def test_the_choice_promises_at_least_what_ar_does(rate, seconds, num_sharing, exact):
+    rising = tuple(sorted(seconds))
+    table = CostTable(num_inputs=(1, 8, 64), causal_s=rising, drafting_s=rising)
+    chooser = MeasuredChooser(table, has_adapter=True, first_is_exact=exact)
+    speeds = chooser.speeds(Acceptance(rate), None, num_sharing)
+    assert speeds[chooser._best(Acceptance(rate), None, num_sharing, probe=False)] >= speeds[Choice("ar")]
+
+
+def test_acceptance_is_learnt_by_place_and_what_is_older_fades():
+    known = Acceptance(prior=0.5)
+    for _ in range(400):
+        known.note(4, 2)
+    assert known.rate(0) > 0.95
+    assert known.rate(1) > 0.95
+    assert known.rate(2) < 0.1
+    assert known.rate(7) <= known.rate(3)  # never tried: not better than the last that was
+    for _ in range(400):
+        known.note(4, 0)
+    assert known.rate(0) < 0.1
+
+
+def test_a_request_that_turns_out_unlike_the_others_is_treated_by_its_own_count():
+    model = tiny_model(3)
+    chooser = MeasuredChooser(FLAT, has_adapter=True, first_is_exact=False)
+    good, bad = (model.open_answer([5], {"mode": "self_spec"}).generation for _ in range(2))
+    for _ in range(100):
+        chooser.note(good, 7, 6)
+        chooser.note(bad, 7, 0)
+    assert chooser.choose(good, 2).kind != "ar"
+    assert chooser.choose(bad, 2).kind == "ar"
+
+
+def test_a_seeded_sample_does_not_hang_on_who_shares_the_forward():
+    model = tiny_model(3)
+    chooser = MeasuredChooser(BENT, has_adapter=True, first_is_exact=False)
+    g = model.open_answer([5], {"mode": "self_spec", "temperature": 1.0, "seed": 1}).generation
+    before = chooser.choose(g, 1)
+    for _ in range(50):
+        chooser.note(g, 4, 4)
+    assert chooser.choose(g, 30) == before
+
+
+def test_the_table_is_measured_once_and_kept_for_this_machine_alone(tmp_path):
+    model = tiny_model(3)
+    table = cost_table(model.forward, folder=tmp_path)
+    assert table.num_inputs[0] == 1
+    assert list(table.causal_s) == sorted(table.causal_s)
+    assert all(s > 0 for s in table.causal_s)
+    (file,) = tmp_path.iterdir()
+    kept = json.loads(file.read_text())
+    kept["table"]["causal_s"][0] = 123.0
+    file.write_text(json.dumps(kept))
+    assert cost_table(model.forward, folder=tmp_path).causal_s[0] == 123.0
+    kept["identity"]["processor"] = "another machine"
+    file.write_text(json.dumps(kept))
+    assert cost_table(model.forward, folder=tmp_path).causal_s[0] != 123.0
+    file.write_text("{")
+    assert cost_table(model.forward, folder=tmp_path).causal_s[0] != 123.0
+
+
+def test_a_home_that_cannot_be_written_costs_only_the_keeping(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert cost_table(tiny_model(3).forward, folder=blocked / "below").num_inputs
+
+
+def test_measuring_stays_within_its_budget():
+    class Slow:
+        def __init__(self, forward):
+            self.config, self.make_cache, self.forward = forward.config, forward.make_cache, forward
+            self.num = 0
+
+        def __call__(self, inputs, cache):
+            self.num += 1
+            torch.randn(400, 400) @ torch.randn(400, 400)
+            return self.forward(inputs, cache)
+
+    slow = Slow(tiny_model(3).forward)
+    table = measure_cost(slow, budget_s=0.0)
+    assert table.num_inputs == (1,)
+    assert table.causal(8) == pytest.approx(8 * table.causal_s[0])
