@@ -83,3 +83,30 @@ def tiny_model(seed: int = 0, *, lora: Lora | None = None, attention="sdpa", wei
     config = tiny_config(**changes)
     transformer = random_transformer(config, seed, scale=weight_scale)
     return LanguageModel("tiny", transformer, adapter=lora, attention=attention)
+
+
+def native_forward(config, tensors, *, precision="float32", lora=None, threads=1, kernels=None):
+    """The native engine over these weights; "u4" is int8 whose matrices come in GGUF's Q4_1."""
+    from trimode.model.native import BLOCKS, NativeForward, new_matrix
+
+    def packed(tensor):
+        if tensor.dim() == 1:
+            return tensor.numpy()
+        matrix = new_matrix("u8" if precision == "int8" else precision, *tensor.shape)
+        if precision == "u4":
+            from gguf import GGMLQuantizationType, quants
+
+            raw = quants.quantize(tensor.numpy(), GGMLQuantizationType.Q4_1)
+            matrix.pack_blocks(BLOCKS["Q4_1"], list(range(len(tensor))), raw.tobytes())
+        else:
+            matrix.pack_floats(0, tensor.numpy())
+        return matrix
+
+    kept = "int8" if precision == "u4" else precision
+    forward = NativeForward(config, precision=kept, threads=threads, kernels=kernels)
+    forward.load(
+        [(name, packed(tensor)) for name, tensor in tensors if not (config.tied_head and name == "head.weight")]
+    )
+    if lora is not None:
+        forward.set_adapter(lora)
+    return forward

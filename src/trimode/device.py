@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "NATIVE_MISSING",
     "available_bytes",
     "check_memory",
     "memory_bytes",
+    "native_kernels",
     "peak_memory",
     "pick_device",
     "pick_dtype",
@@ -23,6 +25,7 @@ __all__ = [
     "total_memory",
 ]
 
+NATIVE_MISSING = "it was not built, for want of a C++ compiler; install one (g++ or clang++) and then trimode again."
 DTYPES = ("float32", "bfloat16", "float16")
 _ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 
@@ -80,6 +83,15 @@ def check_memory(name: str, num_bytes: int) -> None:
             f"The weights of {name} take {num_bytes / 1e9:.1f} GB in this dtype, and this machine has {has / 1e9:.1f} GB. "
             f"Use a narrower dtype or a smaller model; see trimode info."
         )
+
+
+def native_kernels() -> list[str]:
+    """Kernel sets of the native engine that this processor can run, the fastest first; empty where it was not built."""
+    try:
+        from trimode import _native
+    except ImportError:
+        return []
+    return list(_native.kernels())
 
 
 def memory_bytes() -> int | None:

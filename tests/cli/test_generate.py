@@ -38,10 +38,12 @@ def test_only_knobs_that_were_given_are_passed_on(cli, model):
 
 def test_how_to_load_is_passed_on(cli, model):
     cli("generate", "x", "--model", "m", "--dtype", "bfloat16", "--device", "cpu", "--threads", "2")
+    cli("generate", "x", "--model", "m", "--quantize", "none")
     cli("generate", "x")
-    nothing = {"dtype": None, "device": None, "threads": None}
+    nothing = {"dtype": None, "device": None, "threads": None, "quantize": None}
     assert model.loads == [
-        ("m", {"dtype": "bfloat16", "device": "cpu", "threads": 2}),
+        ("m", {**nothing, "dtype": "bfloat16", "device": "cpu", "threads": 2}),
+        ("m", {**nothing, "quantize": "none"}),
         ("smollm2-135m", nothing),
     ]
 

@@ -1,14 +1,18 @@
 """`trimode info`: a page for people, JSON for programs, from headers alone."""
 
 import json
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from trimode import device
 from trimode.cli import info as info_command
+from trimode.device import native_kernels
 from trimode.errors import CheckpointNotFoundError
+from trimode.model.native import NativeForward
 
 FACTS = {
     "name": "smollm2-135m",
@@ -43,6 +47,7 @@ def describe(monkeypatch):
 
     module = SimpleNamespace(open_checkpoint=open_checkpoint, describe=lambda checkpoint: facts)
     monkeypatch.setitem(sys.modules, "trimode.checkpoint", module)
+    monkeypatch.setattr(info_command, "native_kernels", lambda: ["avx2", "portable"])
     monkeypatch.setattr(info_command, "memory_bytes", lambda: 500_000_000)
     monkeypatch.setattr(info_command, "available_bytes", lambda: 400_000_000)
     return facts
@@ -57,6 +62,37 @@ def test_the_page_tells_sizes_modes_and_what_would_run_here(cli, describe):
     assert "memory 600 MB in float32 does not fit here" in rows
     assert "300 MB in bfloat16 runs here" in rows
     assert "here 500 MB, 400 MB of it free" in rows
+
+
+@pytest.mark.parametrize(
+    ("stored", "kernels", "told"),
+    [
+        ("Q4_1", ["avx2"], "int8 by native (avx2): --quantize none keeps its own numbers."),
+        ("float32", ["avx2"], "float32 by native (avx2): the checkpoint is in float32; --quantize int8 is faster."),
+        ("bfloat16", [], "bfloat16 by torch: no native engine: it was not built, for want of a C++ compiler"),
+        ("Q4_1", [], "float32 by torch: no native engine"),
+    ],
+)
+def test_the_page_tells_which_engine_runs_it_and_why(cli, describe, monkeypatch, stored, kernels, told):
+    describe.update(dtype=stored)
+    monkeypatch.setattr(info_command, "native_kernels", lambda: kernels)
+    assert told in " ".join(cli("info", "x").stdout.split())
+
+
+def test_what_the_page_says_of_the_engine_is_what_load_does():
+    import trimode
+
+    path = Path(__file__).parents[1] / "golden" / "nld_tiny"
+    told = info_command.engine_on_the_cpu("float32", native_kernels())
+    model = trimode.load(path, device="cpu")
+    assert model.precision == told["precision"]
+    assert isinstance(model.forward, NativeForward) is (told["name"] == "native")
+
+
+def test_info_imports_no_torch():
+    code = "import sys; from trimode.cli.app import run; run(['info', sys.argv[1]]); assert 'torch' not in sys.modules"
+    path = Path(__file__).parents[1] / "golden" / "nld_tiny"
+    subprocess.run([sys.executable, "-c", code, str(path)], check=True, capture_output=True)
 
 
 def test_json_is_the_description_and_the_verdict(cli, describe):

@@ -93,7 +93,9 @@ def test_the_statistics_tell_revisions_and_acceptance_only_where_there_are_any()
 def test_markup_in_a_path_is_shown_as_it_stands():
     from tests.cli.test_info import FACTS
 
+    engine = {"name": "torch", "kernels": None, "precision": "float32", "why": "."}
     page = terminal.info_page(
-        {**FACTS, "path": "/tmp/[bold]x[/bold]", "runs_here": {}}, {"memory_bytes": None, "available_bytes": None}
+        {**FACTS, "path": "/tmp/[bold]x[/bold]", "runs_here": {}, "engine": engine},
+        {"memory_bytes": None, "available_bytes": None},
     )
     assert "/tmp/[bold]x[/bold]" in drawn(page)

@@ -9,13 +9,18 @@ from safetensors.torch import load_file
 
 import trimode
 from trimode.engine.request import Request
+from trimode.model import native
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "nld_tiny"
 CASES = json.loads((GOLDEN / "cases.json").read_text())
 
 
-@pytest.fixture(scope="module", params=["sdpa", "plain"])
+@pytest.fixture(scope="module", params=["sdpa", "plain", "native"])
 def model(request):
+    if request.param == "native":
+        if not native.available():
+            pytest.skip("the native engine was not built")
+        return trimode.load(GOLDEN, backend="native")
     return trimode.load(GOLDEN, attention=request.param)
 
 

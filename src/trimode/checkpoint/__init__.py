@@ -6,6 +6,14 @@ directory. Nothing here imports torch before weights are asked for, and nothing 
 
 from trimode.checkpoint.adapter_files import save_adapter
 from trimode.checkpoint.presets import PRESETS
-from trimode.checkpoint.store import Checkpoint, describe, open_checkpoint, save_checkpoint
+from trimode.checkpoint.store import Checkpoint, describe, open_checkpoint, save_checkpoint, save_packed_checkpoint
 
-__all__ = ["PRESETS", "Checkpoint", "describe", "open_checkpoint", "save_adapter", "save_checkpoint"]
+__all__ = [
+    "PRESETS",
+    "Checkpoint",
+    "describe",
+    "open_checkpoint",
+    "save_adapter",
+    "save_checkpoint",
+    "save_packed_checkpoint",
+]

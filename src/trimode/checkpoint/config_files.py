@@ -13,7 +13,15 @@ from typing import Any
 from trimode.errors import CheckpointError, UnsupportedModelError, nearest
 from trimode.model.config import ModelConfig, RopeConfig
 
-__all__ = ["FAMILIES", "check_config", "read_config", "read_generation_defaults", "with_trimode_facts", "write_config"]
+__all__ = [
+    "FAMILIES",
+    "check_config",
+    "is_packed",
+    "read_config",
+    "read_generation_defaults",
+    "with_trimode_facts",
+    "write_config",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +145,13 @@ class _Reader:
         return tuple(item for item in values if item >= 0)
 
 
+def is_packed(raw: Mapping[str, Any]) -> bool:
+    """Whether a config.json belongs to weights of trimode's own int8 format, in any version."""
+    quantization = raw.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    return isinstance(method, str) and method.startswith("trimode-int8-")
+
+
 def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None, *, where: str) -> ModelConfig:
     """The model that a config.json describes; `generation` is generation_config.json.
 
@@ -152,7 +167,7 @@ def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = N
         raise UnsupportedModelError(
             f"{where} is of the model_type {name!r}. trimode runs {known}.{nearest(name, FAMILIES)}"
         )
-    if outer.get("quantization_config"):
+    if outer.get("quantization_config") and not is_packed(outer):
         raise UnsupportedModelError(
             f"{where} describes quantised weights (quantization_config). Use the unquantised checkpoint or a GGUF file."
         )

@@ -13,7 +13,7 @@ from typing import Any
 from trimode.checkpoint.stored import StoredTensor, listed
 from trimode.errors import CheckpointError
 
-__all__ = ["read_directory", "read_header", "read_json"]
+__all__ = ["read_directory", "read_header", "read_json", "read_metadata"]
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -63,8 +63,34 @@ def _read_shards(index: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What one file says about itself. Raises CheckpointError when its header is damaged."""
+    metadata = _header(path)[0].get("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"{path} has a damaged header: __metadata__ is {metadata!r}.")
+    return {str(key): str(value) for key, value in metadata.items()}
+
+
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """Every tensor of one file. Raises CheckpointError when the header does not describe the file exactly."""
+    header, header_bytes, file_bytes = _header(path)
+    header.pop("__metadata__", None)
+    tensors = {name: _entry(path, name, entry, 8 + header_bytes) for name, entry in header.items()}
+
+    position = 8 + header_bytes
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.num_bytes)):
+        if tensor.offset != position:
+            fault = "overlaps the tensor before it" if tensor.offset < position else "leaves a gap before it"
+            raise CheckpointError(f"{path} is damaged: {tensor.name} {fault}.")
+        position += tensor.num_bytes
+    if position != file_bytes:
+        fault = "is cut off" if position > file_bytes else "has bytes that no tensor owns"
+        raise CheckpointError(f"{path} {fault}: its header describes {position} bytes, the file has {file_bytes}.")
+    return tensors
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The header, its bytes and the file's."""
     try:
         with path.open("rb") as file:
             file_bytes = os.fstat(file.fileno()).st_size
@@ -86,19 +112,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{path} has a damaged header: {_first_line(error)}.") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} has a damaged header: it is not a JSON object.")
-    header.pop("__metadata__", None)
-    tensors = {name: _entry(path, name, entry, 8 + header_bytes) for name, entry in header.items()}
-
-    position = 8 + header_bytes
-    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.num_bytes)):
-        if tensor.offset != position:
-            fault = "overlaps the tensor before it" if tensor.offset < position else "leaves a gap before it"
-            raise CheckpointError(f"{path} is damaged: {tensor.name} {fault}.")
-        position += tensor.num_bytes
-    if position != file_bytes:
-        fault = "is cut off" if position > file_bytes else "has bytes that no tensor owns"
-        raise CheckpointError(f"{path} {fault}: its header describes {position} bytes, the file has {file_bytes}.")
-    return tensors
+    return header, header_bytes, file_bytes
 
 
 def _entry(path: Path, name: str, entry: Any, start: int) -> StoredTensor:

@@ -5,6 +5,7 @@ are written behind, and the header is filled in at the end, padded with spaces a
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from trimode.errors import CheckpointError
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 __all__ = ["ENCODINGS", "ShardWriter"]
@@ -27,10 +29,11 @@ _CHUNK_ROWS_BYTES = 64 << 20
 class ShardWriter:
     """One file, finished when the `with` block ends well."""
 
-    def __init__(self, path: Path, *, room_for: int) -> None:
+    def __init__(self, path: Path, *, room_for: int, metadata: Mapping[str, str] | None = None) -> None:
         self._path = path
-        self._header_bytes = 64 + _ENTRY_BYTES * room_for
-        self._header_bytes += -self._header_bytes % 8
+        self._metadata = dict(metadata or {"format": "pt"})
+        self._header_bytes = 64 + _ENTRY_BYTES * room_for + 2 * len(json.dumps(self._metadata))
+        self._header_bytes += -(8 + self._header_bytes) % 64  # numbers begin at a multiple of 64
         self._entries: dict[str, dict] = {}
         self.num_bytes = 0
         """Bytes of numbers so far."""
@@ -57,9 +60,26 @@ class ShardWriter:
             self.num_bytes += self._file.write(chunk.view(-1).view(torch.uint8).numpy().data)
         self._entries[name] = {"dtype": encoding, "shape": list(tensor.shape), "data_offsets": [start, self.num_bytes]}
 
+    def write_bytes(self, name: str, array: "np.ndarray") -> None:
+        """Append bytes."""
+        assert array.dtype == "uint8"
+        self._append(name, array, "U8")
+
+    def write_array(self, name: str, array: "np.ndarray") -> None:
+        """Append float32 numbers."""
+        assert array.dtype == "float32"
+        self._append(name, array, "F32")
+
+    def _append(self, name: str, array: "np.ndarray", encoding: str) -> None:
+        assert name not in self._entries
+        assert array.flags.c_contiguous
+        start = self.num_bytes
+        self.num_bytes += self._file.write(array.data.cast("B"))
+        self._entries[name] = {"dtype": encoding, "shape": list(array.shape), "data_offsets": [start, self.num_bytes]}
+
     def close(self) -> None:
         """Fill in the header."""
-        header = json.dumps({"__metadata__": {"format": "pt"}, **self._entries}, separators=(",", ":")).encode()
+        header = json.dumps({"__metadata__": self._metadata, **self._entries}, separators=(",", ":")).encode()
         assert len(header) <= self._header_bytes
         self._file.seek(0)
         self._file.write(self._header_bytes.to_bytes(8, "little") + header.ljust(self._header_bytes))

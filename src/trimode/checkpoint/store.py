@@ -10,6 +10,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from trimode.checkpoint.adapter_files import StoredAdapter, open_adapter, save_adapter
 from trimode.checkpoint.config_files import (
     check_config,
+    is_packed,
     read_config,
     read_generation_defaults,
     with_trimode_facts,
@@ -25,6 +27,7 @@ from trimode.checkpoint.config_files import (
 from trimode.checkpoint.fingerprint import base_fingerprint, same_base
 from trimode.checkpoint.gguf_files import gguf_config, read_gguf
 from trimode.checkpoint.names import bare_name, check_tensors, exported_name, gguf_name, layout
+from trimode.checkpoint.packed_files import FORMAT, PackedFile, kind_of, open_packed, packed_bytes, write_packed
 from trimode.checkpoint.presets import PRESETS, find_preset_file, preset_facts
 from trimode.checkpoint.safetensors_files import INDEX, SINGLE, read_directory, read_json
 from trimode.checkpoint.safetensors_writer import ENCODINGS, ShardWriter
@@ -40,7 +43,7 @@ if TYPE_CHECKING:
     from trimode.model.lora import Lora
     from trimode.text.tokenizer import Tokenizer
 
-__all__ = ["Checkpoint", "describe", "open_checkpoint", "save_checkpoint"]
+__all__ = ["Checkpoint", "describe", "open_checkpoint", "save_checkpoint", "save_packed_checkpoint"]
 
 ADAPTER = "linear_spec_lora"
 """The directory of the drafter's adapter inside a checkpoint."""
@@ -63,7 +66,8 @@ class Checkpoint:
     """A directory or a GGUF file."""
     config: ModelConfig
     stored_dtype: str
-    """What most of the weights are: "bfloat16", "float16" or "float32"; "quantized" for a GGUF with quantised blocks."""
+    """What most of the weights are: "bfloat16", "float16" or "float32"; "quantized" for a GGUF with quantised blocks; "int8" for
+    packed weights."""
     weight_bytes: int
     """Bytes of the weights on disk."""
     gguf_metadata: dict[str, Any] | None = field(default=None, repr=False)
@@ -75,7 +79,9 @@ class Checkpoint:
     generation_path: Path | None = None
     """Where that file lies, or would; None for a GGUF file, which has no such place."""
     stored: Mapping[str, StoredTensor] = field(repr=False)
-    """Where each part lies; parts are as in `names.layout`."""
+    """Where each part lies; parts are as in `names.layout`. Empty for packed weights."""
+    packed: PackedFile | None = field(default=None, repr=False)
+    """Weights in the native engine's own format; None for others."""
     stored_adapter: StoredAdapter | None = field(default=None, repr=False)
 
     def tensors(self, *, dtype: "torch.dtype", device: "torch.device | str" = "cpu") -> "Iterator[tuple[str, Tensor]]":
@@ -85,6 +91,9 @@ class Checkpoint:
         """
         import torch
 
+        if self.packed is not None:
+            yield from self.packed.tensors(self.config, dtype=dtype, device=device)
+            return
         for fused in layout(self.config):
             tensor = torch.empty(fused.shape, dtype=dtype, device=device)
             row = 0
@@ -115,7 +124,7 @@ class Checkpoint:
 
     def fingerprint(self) -> dict[str, Any]:
         """What an adapter keeps of its base."""
-        return base_fingerprint(self.config, self.stored)
+        return base_fingerprint(self.config, self.stored) if self.packed is None else dict(self.packed.base)
 
 
 def open_checkpoint(name: str | Path) -> Checkpoint:
@@ -143,9 +152,11 @@ def _open_directory(name: str, path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} is not a checkpoint: it has no config.json.")
     generation_path = path / GENERATION
     generation = read_json(generation_path) if generation_path.exists() else {}
-    config = read_config(read_json(path / "config.json"), generation, where=str(path / "config.json"))
-    tensors = read_directory(path)
-    stored = check_tensors(config, tensors, bare_name, str(path))
+    raw = read_json(path / "config.json")
+    config = read_config(raw, generation, where=str(path / "config.json"))
+    packed = open_packed(path / SINGLE, config) if is_packed(raw) else None
+    tensors = {} if packed is not None else read_directory(path)
+    stored = {} if packed is not None else check_tensors(config, tensors, bare_name, str(path))
     adapter = open_adapter(path / ADAPTER, config) if (path / ADAPTER / "adapter_config.json").exists() else None
     if adapter is not None:
         config = _adapted(config, adapter, path / ADAPTER)
@@ -153,12 +164,13 @@ def _open_directory(name: str, path: Path) -> Checkpoint:
         name=name,
         path=path,
         config=config,
-        stored_dtype=_stored_dtype(stored),
-        weight_bytes=sum(tensor.num_bytes for tensor in tensors.values()),
+        stored_dtype="int8" if packed is not None else _stored_dtype(stored),
+        weight_bytes=packed.num_bytes if packed is not None else sum(tensor.num_bytes for tensor in tensors.values()),
         generation_defaults=read_generation_defaults(generation),
         auto=read_auto(generation, str(generation_path)),
         generation_path=generation_path,
         stored=stored,
+        packed=packed,
         stored_adapter=adapter,
     )
 
@@ -271,8 +283,19 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "memory_bytes": {
             dtype: (config.num_parameters + cached) * item_bytes + adapter_bytes
             for dtype, item_bytes in (("bfloat16", 2), ("float32", 4))
-        },
+        }
+        | {"int8": _int8_bytes(checkpoint) + 2 * cached + adapter_bytes},
     }
+
+
+def _int8_bytes(checkpoint: Checkpoint) -> int:
+    """Of the weights as the native engine packs them."""
+    if checkpoint.packed is not None:
+        return checkpoint.packed.num_bytes
+    return sum(
+        packed_bytes(kind_of(checkpoint.stored[part].encoding for part, _ in fused.parts), fused.shape)
+        for fused in layout(checkpoint.config)
+    )
 
 
 def save_checkpoint(
@@ -289,10 +312,39 @@ def save_checkpoint(
     Everything is written beside the directory and renamed at the end, so that nothing half-written stays. Raises
     CheckpointError if the directory holds something already or the tensors are not exactly the model's.
     """
-    directory = Path(directory)
+    check_config(config, where="the config")
+    with _new_directory(Path(directory)) as draft:
+        dtype = _write_shards(draft, config, tensors, max_shard_bytes)
+        _write_json(draft / "config.json", write_config(config, dtype=dtype))
+        if adapter is not None:
+            (draft / ADAPTER).mkdir()
+            save_adapter(draft / ADAPTER, config, adapter, extra=adapter_extra)
+
+
+def save_packed_checkpoint(
+    directory: str | Path, checkpoint: Checkpoint, weights: Iterable[tuple[str, Any]], *, adapter: "Lora | None" = None
+) -> None:
+    """Write a checkpoint anew, its weights packed as `packing.packed_weights` gives them; `adapter` is its own, read. Raises
+    CheckpointError if the directory holds something already."""
+    config = checkpoint.config
+    check_config(config, where="the config")
+    base = checkpoint.fingerprint()
+    with _new_directory(Path(directory)) as draft:
+        write_packed(draft / SINGLE, config, weights, base)
+        quantization = {"quantization_config": {"quant_method": FORMAT}}
+        _write_json(draft / "config.json", write_config(config, dtype="float32") | quantization)
+        if adapter is not None:
+            stored = checkpoint.stored_adapter
+            facts = {} if stored is None else dict(stored.facts)
+            (draft / ADAPTER).mkdir()
+            save_adapter(draft / ADAPTER, config, adapter, extra={"trimode": {**facts, "base_fingerprint": base}})
+
+
+@contextmanager
+def _new_directory(directory: Path) -> Iterator[Path]:
+    """A directory to write into that takes its name when all has gone well."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(f"{directory} exists already and is not empty. Choose another place or remove it.")
-    check_config(config, where="the config")
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         draft = directory.parent / f".{directory.name}.{secrets.token_hex(4)}"
@@ -300,11 +352,7 @@ def save_checkpoint(
     except OSError as error:
         raise CheckpointError(f"Cannot write beside {directory}: {error.strerror}.") from error
     try:
-        dtype = _write_shards(draft, config, tensors, max_shard_bytes)
-        _write_json(draft / "config.json", write_config(config, dtype=dtype))
-        if adapter is not None:
-            (draft / ADAPTER).mkdir()
-            save_adapter(draft / ADAPTER, config, adapter, extra=adapter_extra)
+        yield draft
         if directory.exists():
             directory.rmdir()
         draft.rename(directory)

@@ -16,6 +16,7 @@ from trimode.cli.options import (
     Dtype,
     Json,
     ModelName,
+    Quantize,
     Stats,
     Threads,
     given,
@@ -49,6 +50,7 @@ def chat(
     ] = None,
     model: ModelName = "smollm2-135m",
     dtype: Dtype = None,
+    quantize: Quantize = None,
     device: Device = None,
     threads: Threads = None,
     json: Json = False,
@@ -76,7 +78,7 @@ def chat(
     if sys.stdin is None or sys.stdin.closed:
         raise PromptError("Standard input is closed, so there is nobody to talk with.")
     with tracing(trace) as tracer:
-        runner = screen.load(model, dtype=dtype, device=device, threads=threads)
+        runner = screen.load(model, dtype=dtype, device=device, threads=threads, quantize=quantize)
         if runner.tokenizer is None:
             raise PromptError(f"{runner.name} has no tokenizer, so it cannot chat. Use trimode generate --prompt-ids.")
         conversation = Conversation(

@@ -20,8 +20,13 @@ def convert(
         str, typer.Option("--output", "-o", metavar="DIR", help="The new checkpoint; the run is kept in DIR.run.")
     ],
     data: Annotated[
-        list[str], typer.Option("--data", metavar="FILE", help="Documents, best BASE's own answers (trimode distill).")
-    ],
+        list[str] | None,
+        typer.Option("--data", metavar="FILE", help="Documents, best BASE's own answers (trimode distill)."),
+    ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option("--quantize", metavar="NAME", help="Train nothing: write BASE packed in int8, opened in no time."),
+    ] = None,
     adapter: Annotated[
         bool,
         typer.Option("--adapter", help="Train a LoRA on masks alone; BASE's own text stays as it is. The default."),
@@ -48,6 +53,8 @@ def convert(
 ) -> None:
     """Make a Llama-like checkpoint tri-mode: train on documents, and write a checkpoint that decodes in every mode.
 
+    With --quantize int8 nothing is trained: BASE is written as it is, adapter and all, in the format that the native engine maps.
+
     Ctrl-C or SIGTERM saves and ends; the same command continues.
     """
     if adapter and full:
@@ -59,6 +66,13 @@ def convert(
     target = Path(output)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise SettingError(f"{target} exists already and is not empty. Choose another place or remove it.")
+
+    if quantize is not None:
+        asked = {"--data": data, "--adapter": adapter, "--full": full, "--mask-token": mask_token, "--set": changes}
+        _quantized(base, target, quantize, [name for name, value in asked.items() if value], json=json)
+        return
+    if not data:
+        raise SettingError("--data names the documents to train on. Give it, or --quantize int8 to train nothing.")
 
     from dataclasses import replace
 
@@ -110,3 +124,30 @@ def convert(
         screen.print_json(summary)
     else:
         screen.say(f"{target} decodes in every mode: trimode generate --model {target} --mode self_spec 'Hello'")
+
+
+def _quantized(base: str, target: Path, quantize: str, idle: list[str], *, json: bool) -> None:
+    if quantize != "int8":
+        raise SettingError(f"--quantize must be int8; got {quantize!r}.")
+    if idle:
+        raise SettingError(f"{idle[0]} has no effect with --quantize, which trains nothing. Leave it out.")
+    from trimode.checkpoint import open_checkpoint, save_packed_checkpoint
+    from trimode.checkpoint.packing import packed_weights
+    from trimode.device import NATIVE_MISSING, native_kernels
+
+    if not native_kernels():
+        raise SettingError(f"--quantize int8 needs the native engine to pack weights: {NATIVE_MISSING}")
+    checkpoint = open_checkpoint(base)
+    if checkpoint.packed is not None:
+        raise SettingError(f"{base} is in int8 already. Copy the directory.")
+    save_packed_checkpoint(target, checkpoint, packed_weights(checkpoint, "int8"), adapter=checkpoint.adapter())
+    tokenizer = checkpoint.tokenizer()
+    if tokenizer is not None:
+        tokenizer.save(target)
+    num_bytes = (target / "model.safetensors").stat().st_size
+    if json:
+        screen.print_json({"checkpoint": str(target), "weight_bytes": num_bytes})
+    else:
+        screen.say(
+            f"{target} holds {base} in int8, {num_bytes / 1e6:.1f} MB: trimode generate --model {target} 'Hello'"
+        )

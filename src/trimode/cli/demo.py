@@ -6,7 +6,7 @@ import typer
 from rich.text import Text
 
 from trimode.cli import screen
-from trimode.cli.options import Device, Dtype, Json, ModelName, Threads, given
+from trimode.cli.options import Device, Dtype, Json, ModelName, Quantize, Threads, given
 from trimode.cli.tracing import TracePath, Tracer, tracing
 from trimode.errors import PromptError
 from trimode.viz import terminal
@@ -27,6 +27,7 @@ def demo(
     ] = "64",
     model: ModelName = "smollm2-135m",
     dtype: Dtype = None,
+    quantize: Quantize = None,
     device: Device = None,
     threads: Threads = None,
     json: Json = False,
@@ -37,7 +38,7 @@ def demo(
     if not prompt:
         raise PromptError("The prompt is empty. Give some text.")
     with tracing(trace) as tracer:
-        runner = screen.load(model, dtype=dtype, device=device, threads=threads)
+        runner = screen.load(model, dtype=dtype, device=device, threads=threads, quantize=quantize)
         _compare(runner, prompt, limit, tracer, json=json)
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from trimode.cli import screen
-from trimode.cli.options import Device, Dtype, ModelName, Threads, given, whole_number
+from trimode.cli.options import Device, Dtype, ModelName, Quantize, Threads, given, whole_number
 from trimode.errors import SettingError
 
 __all__ = ["distill"]
@@ -21,6 +21,7 @@ def distill(
     ],
     model: ModelName = "smollm2-135m",
     dtype: Dtype = None,
+    quantize: Quantize = None,
     device: Device = None,
     threads: Threads = None,
     max_new_tokens: Annotated[
@@ -51,7 +52,7 @@ def distill(
 
     skipped: list[str] = []
     records = read_prompts(Path(prompts), limit=most, skip=skipped.append if bad_lines == "skip" else None)
-    runner = screen.load(model, dtype=dtype, device=device, threads=threads)
+    runner = screen.load(model, dtype=dtype, device=device, threads=threads, quantize=quantize)
     report = run(runner, records, Path(output), tokens, longest, size)
     for line in skipped:
         screen.say(f"skipped: {line}")

@@ -8,7 +8,7 @@ import typer
 
 from trimode.cli import progress, screen
 from trimode.cli.modes import mode_settings
-from trimode.cli.options import Device, Dtype, Json, Threads, given, whole_number
+from trimode.cli.options import Device, Dtype, Json, Quantize, Threads, given, whole_number
 from trimode.errors import SettingError
 from trimode.viz import scores
 
@@ -56,7 +56,9 @@ def evaluate(
     variants: Annotated[
         str | None,
         typer.Option(
-            "--variants", metavar="LIST", help="Of the report: bfloat16, float16, int8, q8_0, llama.cpp [bfloat16]"
+            "--variants",
+            metavar="LIST",
+            help="Of the report: bfloat16, float16, int8, q8_0, llama.cpp [int8,q8_0,bfloat16]",
         ),
     ] = None,
     output: Annotated[
@@ -64,6 +66,7 @@ def evaluate(
     ] = "runs/eval",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
     dtype: Dtype = None,
+    quantize: Quantize = None,
     device: Device = None,
     threads: Threads = None,
     json: Json = False,
@@ -96,7 +99,9 @@ def evaluate(
             raise SettingError("--tasks has no effect with --quantization-report. Leave it out.")
         if dtype is not None:
             raise SettingError("--dtype has no effect with --quantization-report. Name it among --variants.")
-        _report(model, variants or "bfloat16", device=device, threads=threads, json=json)
+        if quantize is not None:
+            raise SettingError("--quantize has no effect with --quantization-report. Name it among --variants.")
+        _report(model, variants or "int8,q8_0,bfloat16", device=device, threads=threads, json=json)
         return
     if variants is not None:
         raise SettingError("--variants has no effect without --quantization-report. Leave it out, or add that.")
@@ -118,7 +123,7 @@ def evaluate(
         raise SettingError("--trust-code has no effect: no task runs programs. Leave it out.")
     from trimode.evaluation.evaluate import EvalSetting
 
-    runner = screen.load(model, dtype=dtype, device=device, threads=threads)
+    runner = screen.load(model, dtype=dtype, device=device, threads=threads, quantize=quantize)
     settings = [EvalSetting(mode=mode, knobs=knobs) for mode, knobs in chosen]
     about = {
         "model": model,

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from trimode.cli import screen
-from trimode.cli.options import Device, Dtype, Json, ModelName, Stats, Threads, given, takes_knobs
+from trimode.cli.options import Device, Dtype, Json, ModelName, Quantize, Stats, Threads, given, takes_knobs
 from trimode.cli.tracing import TracePath, tracing
 from trimode.errors import PromptError, SettingError
 from trimode.viz import terminal
@@ -38,6 +38,7 @@ def generate(
     ] = False,
     model: ModelName = "smollm2-135m",
     dtype: Dtype = None,
+    quantize: Quantize = None,
     device: Device = None,
     threads: Threads = None,
     json: Json = False,
@@ -64,7 +65,7 @@ def generate(
         screen.refuse_hidden_canvas()
     asked = _prompt(prompt, prompt_ids, system, raw)
     with tracing(trace) as tracer:
-        runner = screen.load(model, dtype=dtype, device=device, threads=threads)
+        runner = screen.load(model, dtype=dtype, device=device, threads=threads, quantize=quantize)
         settings |= tracer.observing(runner)
         _answer(runner, asked, settings, raw=raw, json=json, stats=stats, canvas=canvas)
 

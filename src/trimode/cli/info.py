@@ -6,7 +6,7 @@ import typer
 
 from trimode.cli import screen
 from trimode.cli.options import Json
-from trimode.device import available_bytes, memory_bytes
+from trimode.device import NATIVE_MISSING, available_bytes, memory_bytes, native_kernels
 from trimode.viz import terminal
 
 __all__ = ["info"]
@@ -24,12 +24,35 @@ def info(
 
     facts: dict[str, Any] = describe(open_checkpoint(path))
     machine = {"memory_bytes": memory_bytes(), "available_bytes": available_bytes()}
+    engine = engine_on_the_cpu(facts["dtype"], native_kernels())
     verdicts = {dtype: verdict(needed, **machine) for dtype, needed in facts["memory_bytes"].items()}
     if json:
-        screen.print_json({**facts, "machine": machine, "runs_here": verdicts})
+        screen.print_json({**facts, "machine": machine, "runs_here": verdicts, "engine": engine})
     else:
-        page = terminal.info_page({**facts, "runs_here": verdicts}, machine)
+        page = terminal.info_page({**facts, "runs_here": verdicts, "engine": engine}, machine)
         screen.answers_console().print(page, soft_wrap=True)
+
+
+def engine_on_the_cpu(stored_dtype: str, kernels: list[str]) -> dict[str, Any]:
+    """What `trimode.load` would run this checkpoint with on the CPU, and why."""
+    if not kernels:
+        plain = {"bfloat16": "bfloat16", "float16": "float16", "int8": "bfloat16"}
+        precision = plain.get(stored_dtype, "float32")
+        return {"name": "torch", "kernels": None, "precision": precision, "why": f"no native engine: {NATIVE_MISSING}"}
+    if stored_dtype == "float16":
+        return {
+            "name": "torch",
+            "kernels": None,
+            "precision": "float16",
+            "why": "--quantize int8 takes the native engine.",
+        }
+    exact = stored_dtype == "float32"
+    why = (
+        "the checkpoint is in float32; --quantize int8 is faster."
+        if exact
+        else "--quantize none keeps its own numbers."
+    )
+    return {"name": "native", "kernels": kernels[0], "precision": "float32" if exact else "int8", "why": why}
 
 
 def verdict(needed: int, *, memory_bytes: int | None, available_bytes: int | None) -> str:

@@ -113,7 +113,7 @@ Quantize = Annotated[
         "--quantize",
         metavar="NAME",
         rich_help_panel="Model",
-        help="int8: weights in one byte each, as far as there is an engine for it.",
+        help="int8 or none; int8 on the CPU if not given, unless the checkpoint is in float32.",
     ),
 ]
 Device = Annotated[

@@ -88,8 +88,7 @@ def load(name: str, *, dtype: str | None, device: str | None, threads: str | Non
     with console.status(f"Loading {name}") if console.is_terminal else nullcontext():
         import trimode
 
-        more: dict[str, Any] = {} if quantize is None else {"quantize": quantize}
-        return trimode.load(name, dtype=dtype, device=device, threads=num_threads, **more)
+        return trimode.load(name, dtype=dtype, device=device, threads=num_threads, quantize=quantize)
 
 
 def title(model: Any) -> Text:

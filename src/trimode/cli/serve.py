@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from trimode.cli import screen
-from trimode.cli.options import Device, Dtype, Threads, whole_number
+from trimode.cli.options import Device, Dtype, Quantize, Threads, whole_number
 from trimode.errors import SettingError
 
 __all__ = ["serve"]
@@ -55,6 +55,7 @@ def serve(
         str, _option("--grace", "SECONDS", "Limits", "After SIGTERM, what runs may go on for so long.")
     ] = "30",
     dtype: Dtype = None,
+    quantize: Quantize = None,
     device: Device = None,
     threads: Threads = None,
     log_level: Annotated[
@@ -95,7 +96,7 @@ def serve(
     keys = ApiKeys.read(None if api_key_file is None else Path(api_key_file))
     if limits.requests_per_key is not None and not len(keys):
         raise SettingError("--requests-per-key has no effect without keys. Give --api-key-file, or leave it out.")
-    loaded = screen.load(model, dtype=dtype, device=device, threads=threads)
+    loaded = screen.load(model, dtype=dtype, device=device, threads=threads, quantize=quantize)
 
     from trimode.engine.engine import EngineLimits
     from trimode.server import run

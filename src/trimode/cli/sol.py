@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from trimode.cli import progress, screen
-from trimode.cli.options import Device, Dtype, Json, Threads, given, parse, whole_number
+from trimode.cli.options import Device, Dtype, Json, Quantize, Threads, given, parse, whole_number
 from trimode.errors import SettingError
 from trimode.viz import scores
 
@@ -48,6 +48,7 @@ def sol(
     ] = "runs/sol",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
     dtype: Dtype = None,
+    quantize: Quantize = None,
     device: Device = None,
     threads: Threads = None,
     json: Json = False,
@@ -78,7 +79,7 @@ def sol(
     )
     if per_category is not None:
         texts = _first_of_each(texts, whole_number(per_category, "--per-category", low=1))
-    runner = screen.load(model, dtype=dtype, device=device, threads=threads)
+    runner = screen.load(model, dtype=dtype, device=device, threads=threads, quantize=quantize)
     asked = [
         (view, length or runner.config.block_length, number)
         for number in range(len(texts))

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from trimode.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
+from trimode.checkpoint import Checkpoint, open_checkpoint, save_checkpoint, save_packed_checkpoint
 from trimode.checkpoint.packing import packed_weights
 from trimode.decoding.auto import Auto
 from trimode.decoding.autoregressive import Autoregressive
@@ -84,7 +84,8 @@ def load(
     """Load a preset, a Hugging Face directory, a GGUF file or a hub id (`owner/name` or `owner/name@revision`).
 
     dtype: "float32", "bfloat16" or "float16"; None takes the checkpoint's own, float32 for quantised GGUF files.
-    quantize: "int8", or "none"; None is "int8" on the CPU unless a dtype is given or the checkpoint is in float32.
+    quantize: "int8", or "none"; None is "int8" on the CPU unless a dtype is given or the checkpoint is in float32. Where the native
+    engine was not built, "int8" runs in bfloat16 through PyTorch (`precision` says so).
     threads: of the forwards on the CPU. attention: PyTorch's kernel, for backend "torch".
     backend: "native" (C++, on the CPU), "torch", or "auto": native where it runs. Raises CheckpointError or SettingError in one line.
     """
@@ -100,19 +101,24 @@ def load(
     target = pick_device(device)
     checkpoint = open_checkpoint(name)
     wanted = pick_dtype(dtype, checkpoint.stored_dtype)
-    use_native = _use_native(backend, target, wanted, dtype, attention)
-    if quantize == "int8":
-        if dtype is not None:
-            raise SettingError(f"quantize='int8' and dtype={dtype!r} contradict one another. Leave one of them out.")
-        if not use_native:
-            raise SettingError(
-                f"quantize='int8' needs the native engine, which does not run here: {_why_not_native(target)}"
-            )
+    if quantize == "int8" and dtype is not None:
+        raise SettingError(f"quantize='int8' and dtype={dtype!r} contradict one another. Leave one of them out.")
+    why_not = native.why_not(checkpoint.config)
+    use_native = _use_native(backend, target, wanted, dtype, attention, why_not)
+    asks_for_torch = backend == "torch" or attention is not None or target.type != "cpu"
+    if quantize == "int8" and not use_native and asks_for_torch:
+        raise SettingError(
+            f"quantize='int8' needs the native engine, which does not run here: {_why_not_native(target, why_not)}"
+        )
+    if not use_native and dtype is None and (quantize == "int8" or checkpoint.stored_dtype == "int8"):
+        wanted = torch.bfloat16 if quantize != "none" else wanted
     is_int8 = use_native and dtype is None and quantize != "none" and checkpoint.stored_dtype != "float32"
     if target.type == "cpu":
         # else the system ends the process without a word, minutes later
         check_memory(
-            str(name), checkpoint.config.num_parameters * (1 if is_int8 or quantize == "int8" else wanted.itemsize)
+            str(name),
+            checkpoint.config.num_parameters
+            * (1 if is_int8 or (use_native and quantize == "int8") else wanted.itemsize),
         )
     lora = checkpoint.adapter()
     if use_native:
@@ -131,29 +137,32 @@ def load(
 
 
 def _use_native(
-    backend: Backend, device: torch.device, wanted: torch.dtype, dtype: Any, attention: KernelName | None
+    backend: Backend,
+    device: torch.device,
+    wanted: torch.dtype,
+    dtype: Any,
+    attention: KernelName | None,
+    why_not: str | None,
 ) -> bool:
     if backend == "torch":
         return False
     if backend == "auto":
-        return device.type == "cpu" and native.available() and attention is None and wanted in _NATIVE_DTYPES
+        return device.type == "cpu" and why_not is None and attention is None and wanted in _NATIVE_DTYPES
     if attention is not None:
         raise SettingError(
             "attention chooses a kernel of PyTorch; it has no effect with backend='native'. Leave it out."
         )
-    if device.type != "cpu" or not native.available():
-        raise SettingError(f"backend='native' does not run here: {_why_not_native(device)}")
+    if device.type != "cpu" or why_not is not None:
+        raise SettingError(f"backend='native' does not run here: {_why_not_native(device, why_not)}")
     if dtype is not None and wanted not in _NATIVE_DTYPES:
         raise SettingError(f"backend='native' runs float32, bfloat16 and int8; got dtype={dtype!r}.")
     return True
 
 
-def _why_not_native(device: torch.device) -> str:
+def _why_not_native(device: torch.device, why_not: str | None) -> str:
     if device.type != "cpu":
         return f"it runs on the CPU, not on {device.type}."
-    if not native.available():
-        return native.WHY_MISSING
-    return "attention= or backend='torch' asks for PyTorch."
+    return "attention= or backend='torch' asks for PyTorch." if why_not is None else why_not
 
 
 class LanguageModel:
@@ -704,10 +713,18 @@ class LanguageModel:
         return self.forward(inputs, self.forward.make_cache([len(ids)]))
 
     def save(self, directory: str | Path) -> None:
-        """Write a Hugging Face directory: config, safetensors, adapter and tokenizer. Refuses one that holds files."""
+        """Write a directory: config, safetensors, adapter and tokenizer. Refuses one that holds files.
+
+        An int8 model is written packed (`checkpoint.packed_files`), which trimode alone reads; any other as Hugging Face has it.
+        """
         if not isinstance(directory, str | Path) or "\0" in str(directory) or str(directory) == "":
             raise SettingError(f"save takes the path of a directory; got {directory!r}.")
-        save_checkpoint(directory, self.config, self._dense_tensors(), adapter=self.adapter)
+        if self.precision == "int8":
+            assert self._checkpoint is not None
+            weights = packed_weights(self._checkpoint, "int8")
+            save_packed_checkpoint(directory, self._checkpoint, weights, adapter=self.adapter)
+        else:
+            save_checkpoint(directory, self.config, self._dense_tensors(), adapter=self.adapter)
         if self.tokenizer is not None:
             self.tokenizer.save(directory)
 

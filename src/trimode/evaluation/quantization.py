@@ -55,7 +55,12 @@ def load_variant(reference: Any, name: str) -> Logits:
     import trimode
 
     if name == "int8":
-        return trimode.load(reference.name, device="cpu", quantize="int8").logits
+        model = trimode.load(reference.name, device="cpu", quantize="int8")
+        if model.precision != "int8":
+            raise SettingError(
+                f"The variant int8 needs the native engine, and here it runs in {model.precision}. Leave it out."
+            )
+        return model.logits
     return trimode.load(reference.name, device=reference.device, dtype=name).logits
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trimode.device import NATIVE_MISSING
 from trimode.model.config import ModelConfig
 from trimode.model.forward import Answers, Cache, Inputs
 from trimode.model.lora import Lora
@@ -36,12 +37,14 @@ __all__ = [
     "NativeScores",
     "Precision",
     "available",
+    "borrowed_matrix",
     "kernel_names",
     "new_matrix",
     "pick_threads",
+    "why_not",
 ]
 
-WHY_MISSING = "it was not built, for want of a C++ compiler; install one (g++ or clang++) and then trimode again."
+WHY_MISSING = NATIVE_MISSING
 
 Precision = Literal["float32", "bfloat16", "int8"]
 
@@ -49,6 +52,8 @@ GROUP = 32
 """Inputs of an output that share a scale."""
 FORMATS = {"float32": 0, "bfloat16": 1, "u8": 2, "u4": 3}
 BLOCKS = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 8}
+MOST = 1 << 28
+"""The engine's limit of any one size."""
 _ROOM = 16
 """Slots begin at multiples of it: keys lie in blocks of 16 positions."""
 _PLACES: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -76,6 +81,23 @@ def available() -> bool:
     return _native is not None
 
 
+def why_not(config: ModelConfig) -> str | None:
+    """Why the engine does not run this model here; None where it does."""
+    if _native is None:
+        return WHY_MISSING
+    sizes = (
+        config.vocab_size,
+        config.width,
+        config.mlp_width,
+        (config.num_heads + 2 * config.num_kv_heads) * config.head_size,
+    )
+    if max(sizes) > MOST:
+        return f"a size of this model, {max(sizes):,}, is above its limit of {MOST:,}."
+    if config.head_size % 2 or config.num_heads % config.num_kv_heads:
+        return f"it has no heads of {config.head_size}, or {config.num_heads} of them over {config.num_kv_heads}."
+    return None
+
+
 def kernel_names() -> list[str]:
     """Kernel sets that this processor can run, the fastest first; empty without the engine."""
     return [] if _native is None else list(_native.kernels())
@@ -85,6 +107,12 @@ def new_matrix(kind: str, num_outputs: int, num_inputs: int) -> Any:
     """An empty matrix of a kind in FORMATS, to be packed row by row."""
     assert _native is not None
     return _native.Matrix(FORMATS[kind], num_outputs, num_inputs)
+
+
+def borrowed_matrix(kind: str, num_outputs: int, num_inputs: int, panels: np.ndarray) -> Any:
+    """A packed matrix whose bytes lie elsewhere, in a mapped file."""
+    assert _native is not None
+    return _native.Matrix.borrow(FORMATS[kind], num_outputs, num_inputs, panels)
 
 
 @lru_cache(maxsize=64)

@@ -210,6 +210,17 @@ PYBIND11_MODULE(_native, m) {
              unpack_row(self.weights->matrix, row, out.mutable_data());
              return out;
            })
+      .def_property_readonly("kind",
+                             [](const PyMatrix& self) {
+                               switch (self.weights->matrix.format) {
+                                 case Format::f32: return "float32";
+                                 case Format::bf16: return "bfloat16";
+                                 case Format::u8: return "u8";
+                                 default: return "u4";
+                               }
+                             })
+      .def_property_readonly("num_outputs", [](const PyMatrix& self) { return self.weights->matrix.num_outputs; })
+      .def_property_readonly("num_inputs", [](const PyMatrix& self) { return self.weights->matrix.num_inputs; })
       .def("multiply",
            [](const PyMatrix& self, FloatArray x, const std::string& kernels) {
              if (x.ndim() != 2 || x.shape(1) != self.weights->matrix.num_inputs)

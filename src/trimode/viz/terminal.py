@@ -204,7 +204,7 @@ def forward_cost_lines(cost: Mapping[str, Any]) -> Text:
 def info_page(facts: Mapping[str, Any], machine: Mapping[str, int | None]) -> Text:
     """What a checkpoint is and what running it takes, a line each; print it with `soft_wrap`, so that paths stay whole.
 
-    `facts` is `checkpoint.describe()` with `runs_here` (dtype -> verdict) added; `machine` has `memory_bytes` and
+    `facts` is `checkpoint.describe()` with `runs_here` (dtype -> verdict) and `engine` added; `machine` has `memory_bytes` and
     `available_bytes`, None where the system does not say.
     """
     count = _grouped
@@ -225,6 +225,9 @@ def info_page(facts: Mapping[str, Any], machine: Mapping[str, int | None]) -> Te
         style = {"runs here": "green", "does not fit here": "red"}.get(verdict, "yellow")
         needs = f"{readable_bytes(needed):>8} in {dtype:<8}  "
         rows.append(("memory" if number == 0 else "", Text.assemble(needs, (verdict, style))))
+    engine = facts["engine"]
+    by = engine["name"] if engine["kernels"] is None else f"{engine['name']} ({engine['kernels']})"
+    rows.append(("on the CPU", f"{engine['precision']} by {by}: {engine['why']}"))
     if machine["memory_bytes"] is not None:
         has, free = readable_bytes(machine["memory_bytes"]), machine["available_bytes"]
         rows.append(("here", f"{has:>8}" + ("" if free is None else f", {readable_bytes(free)} of it free")))
