@@ -115,7 +115,7 @@ def test_acceptance_is_learnt_by_place_and_what_is_older_fades():
 
 def test_a_request_that_turns_out_unlike_the_others_is_treated_by_its_own_count():
     model = tiny_model(3)
-    chooser = MeasuredChooser(FLAT, has_adapter=True, first_is_exact=False)
+    chooser = MeasuredChooser(BENT, has_adapter=True, first_is_exact=False)
     good, bad = (model.open_answer([5], {"mode": "self_spec"}).generation for _ in range(2))
     for _ in range(100):
         chooser.note(good, 7, 6)
