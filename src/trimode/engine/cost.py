@@ -32,7 +32,7 @@ BUDGET_S = 8.0
 """Measuring stops here; more inputs are then extrapolated."""
 LENGTHS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
 """Block lengths that are considered."""
-ENOUGH = 1.03
+ENOUGH = 1.08
 """A choice must promise this much over `ar`: estimates are never better than that."""
 PROBE_EVERY = 48
 """Rounds of `ar` after which a way that is nearly as good is tried again, to learn."""
@@ -168,13 +168,15 @@ def _processor() -> str:
 class Acceptance:
     """How often the k-th draft of a block was accepted when all before it were; old rounds count less and less."""
 
-    def __init__(self, prior: float = 0.6, weight: float = 4.0, memory: float = 0.98) -> None:
+    def __init__(self, prior: float = 0.55, weight: float = 4.0, memory: float = 0.98) -> None:
         self._prior, self._weight, self._memory = prior, weight, memory
         self._tried: list[float] = []
         self._accepted: list[float] = []
+        self.num_notes = 0
 
     def note(self, num_drafted: int, num_accepted: int) -> None:
         """A verification accepted this many of so many drafts."""
+        self.num_notes += 1
         while len(self._tried) < num_drafted:
             self._tried.append(0.0)
             self._accepted.append(0.0)
@@ -202,6 +204,8 @@ class MeasuredChooser:
         self._first_is_exact = first_is_exact
         self._all = Acceptance()
         self._each: WeakKeyDictionary[Generation, Acceptance] = WeakKeyDictionary()
+        self._last: WeakKeyDictionary[Generation, tuple[tuple[int, int, bool], Choice]] = WeakKeyDictionary()
+        """What was chosen for each, and what that hung on: most rounds bring nothing new."""
 
     def choose(self, g: Generation, num_sharing: int) -> Choice:
         if g.settings.temperature > 0 and g.settings.seed is not None:
@@ -209,7 +213,11 @@ class MeasuredChooser:
             return self._best(Acceptance(), None, 1, probe=False)
         own = self._each.setdefault(g, Acceptance())
         probe = g.choices.get("ar", 0) % PROBE_EVERY == PROBE_EVERY - 1
-        return self._best(own, self._all, num_sharing, probe=probe)
+        key = (own.num_notes, num_sharing, probe)
+        known = self._last.get(g)
+        if known is None or known[0] != key:
+            known = self._last[g] = (key, self._best(own, self._all, num_sharing, probe=probe))
+        return known[1]
 
     def note(self, g: Generation, num_drafted: int, num_accepted: int) -> None:
         self._all.note(num_drafted, num_accepted)
