@@ -138,3 +138,14 @@ def test_a_stop_string_that_only_the_end_completes_still_stops(model):
         assert cut.text == whole
         assert stopped.finish_reason == "stop"
         assert whole[-2:] not in stopped.text
+
+
+def test_a_model_that_is_int8_by_default_is_saved_as_the_numbers_that_it_was_loaded_from(tmp_path):
+    loaded = trimode.load("smollm2-135m")
+    assert loaded.precision == "int8"
+    loaded.save(tmp_path / "plain")
+    again = trimode.load(tmp_path / "plain")
+    assert again.precision == "float32"
+    ids = [5, 6, 7, 8]
+    expected = trimode.load("smollm2-135m", dtype="float32").logits(ids)
+    assert (again.logits(ids) - expected).abs().max() < 2e-3  # sums in another order

@@ -133,7 +133,10 @@ def load(
         transformer.load(checkpoint.tensors(dtype=wanted, device=target), pack=target.type == "cpu")
         lora = lora if lora is None else lora.to(target)
         forward = TorchForward(transformer.eval(), lora=lora, kernel=attention or "sdpa", dtype=wanted, device=target)
-    return LanguageModel(str(name), forward, checkpoint.tokenizer(), adapter=lora, checkpoint=checkpoint)
+    packed = forward.precision == "int8" and (quantize == "int8" or checkpoint.packed is not None)
+    return LanguageModel(
+        str(name), forward, checkpoint.tokenizer(), adapter=lora, checkpoint=checkpoint, saves_packed=packed
+    )
 
 
 def _use_native(
@@ -177,8 +180,10 @@ class LanguageModel:
         adapter: Lora | None = None,
         attention: KernelName = "sdpa",
         checkpoint: Checkpoint | None = None,
+        saves_packed: bool = False,
     ) -> None:
-        """forward: what runs the model; a bare `Transformer` runs through PyTorch. checkpoint: where it came from, for `save`."""
+        """forward: what runs the model; a bare `Transformer` runs through PyTorch. checkpoint: where it came from, for `save`, which
+        writes the engine's own format if `saves_packed`."""
         self.name = name
         if isinstance(forward, Transformer):
             weight = forward.embedding.weight
@@ -191,6 +196,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.adapter = adapter
         self._checkpoint = checkpoint
+        self._saves_packed = saves_packed
         self.auto = {} if checkpoint is None else _checked_auto(checkpoint)
         """What mode "auto" stands for where somebody tuned it: the mode and its knobs."""
         self._grammars: Grammars | None = None
@@ -715,11 +721,12 @@ class LanguageModel:
     def save(self, directory: str | Path) -> None:
         """Write a directory: config, safetensors, adapter and tokenizer. Refuses one that holds files.
 
-        An int8 model is written packed (`checkpoint.packed_files`), which trimode alone reads; any other as Hugging Face has it.
+        A model that was loaded with quantize="int8", or from a packed directory, is written packed (`checkpoint.packed_files`), which
+        trimode alone reads; any other as Hugging Face has it, in the numbers that it was loaded from.
         """
         if not isinstance(directory, str | Path) or "\0" in str(directory) or str(directory) == "":
             raise SettingError(f"save takes the path of a directory; got {directory!r}.")
-        if self.precision == "int8":
+        if self._saves_packed:
             assert self._checkpoint is not None
             weights = packed_weights(self._checkpoint, "int8")
             save_packed_checkpoint(directory, self._checkpoint, weights, adapter=self.adapter)
