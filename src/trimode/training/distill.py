@@ -49,6 +49,7 @@ def distill(
     done = _lines_done(path)
     left = [(number, record) for number, record in prompts if number not in done]
     num_done = len(prompts) - len(left)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         for window in _chunks(left, batch_size * WINDOW):
             by_length = sorted(window, key=lambda item: len(str(_prompt(item[1]))))
