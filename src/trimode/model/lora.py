@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trimode.model.linear import as_map
+from trimode.model.successor import Successor
 
 __all__ = ["ADAPTED_PARTS", "Lora"]
 
@@ -33,6 +34,8 @@ class Lora:
     """alpha / rank."""
     mask_embedding: Tensor | None = None
     """[D]: what the inputs that it acts on are embedded as, in place of the mask token's own row; None: that row."""
+    successor: Successor | None = None
+    """What lets drafts know the draft before them."""
 
     _ready: dict[tuple[int, tuple[str, ...], torch.dtype], tuple[Tensor, list[Tensor | None]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -92,14 +95,22 @@ class Lora:
             yield B
         if self.mask_embedding is not None:
             yield self.mask_embedding
+        if self.successor is not None:
+            yield self.successor.inner
+            yield self.successor.outer
 
     def to(self, device: torch.device) -> "Lora":
         """The same adapter on another device."""
-        factors = {place: (A.to(device), B.to(device)) for place, (A, B) in self.factors.items()}
+        return self.each(lambda tensor: tensor.to(device))
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Lora":
+        """The same adapter with every tensor changed."""
+        successor = self.successor
         return replace(
             self,
-            factors=factors,
-            mask_embedding=None if self.mask_embedding is None else self.mask_embedding.to(device),
+            factors={place: (change(A), change(B)) for place, (A, B) in self.factors.items()},
+            mask_embedding=None if self.mask_embedding is None else change(self.mask_embedding),
+            successor=None if successor is None else Successor(change(successor.inner), change(successor.outer)),
         )
 
 

@@ -15,7 +15,6 @@ from trimode.checkpoint.adapter_files import open_adapter, save_adapter
 from trimode.diffusion.corruption import SampleNoise
 from trimode.errors import DataError, MissingMaskTokenError, TrainingError
 from trimode.model.config import ModelConfig
-from trimode.model.lora import Lora
 from trimode.model.transformer import Transformer
 from trimode.text.tokenizer import Tokenizer
 from trimode.training.data import Document, TokenBatch, pack
@@ -71,6 +70,7 @@ def make_model(recipe: Recipe, transformer: Transformer) -> TrainableModel:
         alpha=shape.alpha,
         parts=shape.parts,
         mask_embedding=recipe.objective == "adapter",
+        successor=shape.successor,
         seed=recipe.train.seed,
     )
     return TrainableModel(transformer, adapter.to(transformer.embedding.weight.device))
@@ -157,13 +157,7 @@ def adapter_facts(recipe: Recipe, fingerprint: dict[str, object]) -> dict[str, o
 def export_adapter(directory: Path, model: TrainableModel, recipe: Recipe, fingerprint: dict[str, object]) -> None:
     """Write the trained adapter in PEFT's layout, in bfloat16, in place of an earlier one. Raises TrainingError if the disk refuses."""
     assert model.adapter is not None
-    lora = model.adapter.lora()
-    embedding = lora.mask_embedding
-    half = Lora(
-        {place: (A.detach().bfloat16().cpu(), B.detach().bfloat16().cpu()) for place, (A, B) in lora.factors.items()},
-        lora.scale,
-        None if embedding is None else embedding.detach().bfloat16().cpu(),
-    )
+    half = model.adapter.lora().each(lambda tensor: tensor.detach().bfloat16().cpu())
     draft = directory.parent / f".{directory.name}.{secrets.token_hex(4)}"
     try:
         draft.mkdir(parents=True)

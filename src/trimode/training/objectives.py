@@ -56,6 +56,9 @@ class ConversionSettings:
     reach: float = 0.0
     """Share of that weight which a place earns by the chance that its block's draft gets there: the product of what the adapter gives
     the right tokens before it. What lies behind a draft's likely end then counts for less."""
+    plain: float = 0.25
+    """Share of the blocks whose places are also asked without the token before, where the adapter has a successor for those that know
+    it: what `diffusion` fills its blocks by."""
     distill: float = 0.5
     """Weight of the distance to the base's own distribution beside the cross-entropy's 1 - distill."""
     top: int = 32
@@ -81,6 +84,8 @@ class _Rows:
     """Masks since the last known token."""
     block: Tensor
     """Number of the first row of its block."""
+    plain: Tensor
+    """Whether it may not know the token before its place."""
 
 
 def convert_adapter(settings: ConversionSettings) -> Objective:
@@ -97,13 +102,18 @@ def convert_adapter(settings: ConversionSettings) -> Objective:
             hidden = model(batch.tokens, batch.positions, clean)
         asked = rows.weight > 0
         noisy = model(rows.tokens, rows.positions, BlocksOverText(clean, rows.texts), adapted=rows.adapted)
+        student = noisy[asked]
+        successor = model.successor
+        if successor is not None:
+            before = model.embed(batch.tokens[rows.source[asked]])
+            student = torch.where(rows.plain[asked][:, None], student, successor.changed(student, before))
         target, weight = rows.target[asked], rows.weight[asked]
         with torch.no_grad():
             places, index = rows.source[asked].unique(return_inverse=True)
             likely, probability = _top(model.logits(hidden[places]), settings.top)
             likely, probability = likely[index], probability[index]
         wanted = torch.cat((target[:, None], likely), dim=1)
-        lse, scores, best = head_statistics(noisy[asked], model.head_weight, wanted)
+        lse, scores, best = head_statistics(student, model.head_weight, wanted)
         logprobs = scores - lse[:, None]
         if settings.reach > 0:
             reached = _reached(logprobs[:, 0].detach(), rows, asked)
@@ -151,10 +161,17 @@ def drafts_that_match(
     noisy = model(rows.tokens, rows.positions, BlocksOverText(clean, rows.texts), adapted=rows.adapted)
     places, index = rows.source.unique(return_inverse=True)
     expected = model.logits(hidden[places]).argmax(-1)[index]
-    # beyond the text there is nothing to match: such rows count as wrong
-    right = (model.logits(noisy).argmax(-1) == expected) & (rows.weight > 0)
     m = block_length - 1
-    return right.view(-1, m)[:, : m - 1], (rows.weight > 0).view(-1, m)[:, : m - 1]
+    # beyond the text there is nothing to match: such rows count as wrong
+    inside = (rows.weight > 0).view(-1, m)
+    logits = model.logits(noisy)
+    if model.successor is None:
+        drafts = logits.argmax(-1).view(-1, m)
+    else:
+        exact = batch.tokens[rows.source.view(-1, m)[:, 0]]
+        hidden, logits = noisy.view(-1, m, noisy.shape[-1]), logits.view(-1, m, logits.shape[-1])
+        drafts = model.successor.draft(hidden, logits, exact, model.embed, lambda ids: model.head_weight[ids])
+    return (drafts == expected.view(-1, m)) & inside, inside
 
 
 def cross_entropy_and_distance(
@@ -188,7 +205,7 @@ def _draw_rows(model: TrainableModel, batch: TokenBatch, noise: SampleNoise, set
     assert mask is not None
     device = model.device
     each: dict[str, list[Tensor]] = {
-        name: [] for name in ("tokens", "positions", "source", "target", "weight", "distance", "block")
+        name: [] for name in ("tokens", "positions", "source", "target", "weight", "distance", "block", "plain")
     }
     texts = []
     num_rows = 0
@@ -224,6 +241,9 @@ def _draw_rows(model: TrainableModel, batch: TokenBatch, noise: SampleNoise, set
         each["target"].append(ids[(places + 1).clamp(max=length - 1)].flatten())
         each["weight"].append(weight.flatten())
         each["distance"].append(distance.flatten())
+        # drawn last, so that the rest is the same with and without a successor
+        plain = torch.rand(n, generator=generator) < settings.plain
+        each["plain"].append(plain.repeat_interleave(m))
         each["block"].append((num_rows + m * torch.arange(n)).repeat_interleave(m))
         num_rows += n * m
     if not texts:

@@ -76,6 +76,8 @@ class AdapterShape:
     rank: int = 64
     alpha: float = 64.0
     parts: tuple[str, ...] = ADAPTED_PARTS
+    successor: int = 0
+    """adapter: inner width of what lets drafts know the draft before them; 0: they do not."""
     initial: str | None = None
     """A directory with an exported adapter to begin from, instead of from no change."""
 

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from trimode.errors import SettingError
 from trimode.model.attention import Attend
 from trimode.model.lora import ADAPTED_PARTS, Lora
+from trimode.model.successor import Successor
 from trimode.model.transformer import Transformer
 
 __all__ = ["AdapterParameters", "TrainableModel", "merged_tensors"]
@@ -31,7 +32,8 @@ _PARTS = {
 
 
 class AdapterParameters(nn.Module):
-    """The factors of a LoRA as float32 parameters, B at zero (so that it starts as no change), and the mask's own embedding."""
+    """The factors of a LoRA as float32 parameters, B at zero (so that it starts as no change), the mask's own embedding, and perhaps
+    what lets drafts know the draft before them (`successor`: its inner width)."""
 
     def __init__(
         self,
@@ -41,6 +43,7 @@ class AdapterParameters(nn.Module):
         alpha: float,
         parts: Sequence[str] = ADAPTED_PARTS,
         mask_embedding: bool = True,
+        successor: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -67,6 +70,12 @@ class AdapterParameters(nn.Module):
         if mask_embedding:
             # an average token: the mask token's own row was never trained
             self.mask_embedding = nn.Parameter(transformer.embedding.weight.detach().float().mean(dim=0))
+        self.successor: nn.ParameterDict | None = None
+        if successor:
+            inner = torch.empty(successor, 2 * config.width)
+            inner.uniform_(-1, 1, generator=generator).div_(math.sqrt(2 * config.width))
+            outer = torch.zeros(config.width, successor)
+            self.successor = nn.ParameterDict({"inner": nn.Parameter(inner), "outer": nn.Parameter(outer)})
 
     def lora(self, dtype: torch.dtype | None = None) -> Lora:
         """The adapter as the transformer takes it; with a dtype, cast so that products run in it (gradients flow through)."""
@@ -78,7 +87,10 @@ class AdapterParameters(nn.Module):
         for name in self.A:
             layer, part = name.split("_")
             factors[int(layer), part] = (cast(self.A[name]), cast(self.B[name]))
-        return Lora(factors, self.scale, self.mask_embedding)
+        successor = None
+        if self.successor is not None:
+            successor = Successor(cast(self.successor["inner"]), cast(self.successor["outer"]))
+        return Lora(factors, self.scale, self.mask_embedding, successor)
 
     def take(self, lora: Lora) -> None:
         """Take these factors as the parameters' values."""
@@ -88,6 +100,9 @@ class AdapterParameters(nn.Module):
                 self.B[f"{layer}_{part}"].copy_(B)
             if self.mask_embedding is not None and lora.mask_embedding is not None:
                 self.mask_embedding.copy_(lora.mask_embedding)
+            if self.successor is not None and lora.successor is not None:
+                self.successor["inner"].copy_(lora.successor.inner)
+                self.successor["outer"].copy_(lora.successor.outer)
 
 
 def merged_tensors(model: "TrainableModel") -> Iterator[tuple[str, Tensor]]:
@@ -139,6 +154,16 @@ class TrainableModel(nn.Module):
         if adapted is not None and self.adapter is not None:
             lora = self.adapter.lora(self.transformer.embedding.weight.dtype)
         return self.transformer(tokens, positions, attend, lora=lora, lora_rows=adapted)
+
+    @property
+    def successor(self) -> Successor | None:
+        """What changes the hidden states of masks by the token before, in the transformer's dtype."""
+        dtype = self.transformer.embedding.weight.dtype
+        return None if self.adapter is None else self.adapter.lora(dtype).successor
+
+    def embed(self, tokens: Int[Tensor, "*n"]) -> Float[Tensor, "*n D"]:
+        """Rows of the embedding."""
+        return self.transformer.embedding(tokens)
 
     @property
     def head_weight(self) -> Tensor:
