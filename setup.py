@@ -7,6 +7,7 @@ SOURCES = [
     "module",
     "model",
     "packing",
+    "successor",
     "threads",
     "kernels_avx512vnni",
     "kernels_avxvnni",

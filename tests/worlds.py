@@ -4,6 +4,7 @@ import torch
 
 from trimode.model.config import ModelConfig, RopeConfig
 from trimode.model.lora import Lora
+from trimode.model.successor import Successor
 from trimode.model.transformer import Transformer
 
 MASK = 3
@@ -52,8 +53,10 @@ def random_transformer(config: ModelConfig, seed: int = 0, *, pack: bool = True,
     return transformer.eval()
 
 
-def random_lora(config: ModelConfig, parts=("output",), rank: int = 3, seed: int = 1, scale: float = 2.0) -> Lora:
-    """An adapter that changes things."""
+def random_lora(
+    config: ModelConfig, parts=("output",), rank: int = 3, seed: int = 1, scale: float = 2.0, successor: int = 0
+) -> Lora:
+    """An adapter that changes things, perhaps with a successor of this inner width."""
     random = torch.Generator().manual_seed(seed)
     D, K, H, G = config.width, config.head_size, config.num_heads, config.num_kv_heads
     sizes = {
@@ -73,7 +76,11 @@ def random_lora(config: ModelConfig, parts=("output",), rank: int = 3, seed: int
                 torch.randn(rank, inputs, generator=random) * 0.2,
                 torch.randn(outputs, rank, generator=random) * 0.2,
             )
-    return Lora(factors, scale)
+    after = None
+    if successor:
+        inner = torch.randn(successor, 2 * D, generator=random)
+        after = Successor(inner * 0.5, torch.randn(D, successor, generator=random))
+    return Lora(factors, scale, successor=after)
 
 
 def tiny_model(seed: int = 0, *, lora: Lora | None = None, attention="sdpa", weight_scale: float = 0.35, **changes):

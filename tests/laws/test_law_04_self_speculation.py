@@ -26,13 +26,25 @@ KINDS = ("linear", "quadratic")
     predicts=st.sampled_from(["self", "next"]),
     causal_anchor=st.booleans(),
     adapter=st.sampled_from([None, "draft", "masks"]),
+    successor=st.sampled_from([0, 5]),
     penalty=st.sampled_from([1.0, 1.3]),
     budget=st.sampled_from([None, 0, 3]),
 )
 def test_greedy_self_speculation_equals_greedy_autoregression(
-    seed, prompt, kind, block_length, max_new_tokens, threshold, predicts, causal_anchor, adapter, penalty, budget
+    seed,
+    prompt,
+    kind,
+    block_length,
+    max_new_tokens,
+    threshold,
+    predicts,
+    causal_anchor,
+    adapter,
+    successor,
+    penalty,
+    budget,
 ):
-    lora = None if adapter is None else random_lora(tiny_config())
+    lora = None if adapter is None else random_lora(tiny_config(), successor=successor)
     model = tiny_model(
         seed,
         lora=lora,
@@ -92,20 +104,27 @@ def enumerate_autoregression(model, prompt, length, temperature, top_k=0, top_p=
 
 
 @pytest.mark.parametrize(
-    ("kind", "truncation", "threshold"),
+    ("kind", "truncation", "threshold", "successor"),
     [
-        ("linear", {}, None),
-        ("linear", {"top_k": 3}, None),
-        ("linear", {"top_p": 0.8}, None),
-        ("linear", {}, 0.5),
-        ("quadratic", {}, None),
-        ("quadratic", {"top_k": 3}, None),
+        ("linear", {}, None, 0),
+        ("linear", {"top_k": 3}, None, 0),
+        ("linear", {"top_p": 0.8}, None, 0),
+        ("linear", {}, 0.5, 0),
+        ("linear", {}, None, 4),
+        ("quadratic", {}, None, 0),
+        ("quadratic", {"top_k": 3}, None, 0),
+        ("quadratic", {"top_k": 3}, None, 4),
     ],
 )
-def test_sampled_self_speculation_has_the_autoregressive_distribution(kind, truncation, threshold):
+def test_sampled_self_speculation_has_the_autoregressive_distribution(kind, truncation, threshold, successor):
     # six tokens, texts of three: 150 outcomes at most. False alarm: the statistic exceeds the bound with probability below 1e-5
     # (normal approximation at 4.3 standard deviations plus its skew); the seeds are fixed, so it either always passes or never.
-    model = tiny_model(3, vocab_size=6, eos_token_ids=(), weight_scale=0.25, block_length=3)
+    shape = {"vocab_size": 6, "eos_token_ids": (), "block_length": 3}
+    lora = None
+    if successor:
+        shape |= {"block_predicts": "next", "known_tokens_are_causal": True, "adapter_acts_on": "masks"}
+        lora = random_lora(tiny_config(**shape), successor=successor)
+    model = tiny_model(3, weight_scale=0.25, lora=lora, **shape)
     prompt, length, temperature = [1, 4], 3, 1.0
     exact = enumerate_autoregression(model, prompt, length, temperature, **truncation)
     assert math.isclose(sum(exact.values()), 1.0, abs_tol=1e-6)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["StoredAdapter", "open_adapter", "save_adapter"]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+SUCCESSOR = "successor.safetensors"
+"""Beside PEFT's files: what lets drafts know the draft before them (`inner` [R, 2 D] and `outer` [D, R])."""
 
 BASE = "base_fingerprint"
 """The key of the object `"trimode"` that tells which model the adapter belongs to."""
@@ -51,6 +53,8 @@ class StoredAdapter:
     """Fingerprint of the model that it was trained on, if it says so."""
     mask_embedding: StoredTensor | None = None
     """[1, D]: what masks are embedded as, in place of the mask token's own row."""
+    successor: tuple[StoredTensor, StoredTensor] | None = None
+    """Inner [R, 2 D] and outer [D, R]."""
 
     @property
     def parts(self) -> list[str]:
@@ -67,12 +71,13 @@ class StoredAdapter:
 
     def _tensors(self) -> list[StoredTensor]:
         factors = [tensor for pair in self.factors.values() for tensor in pair]
-        return factors if self.mask_embedding is None else [*factors, self.mask_embedding]
+        return [*factors, *([] if self.mask_embedding is None else [self.mask_embedding]), *(self.successor or ())]
 
     def read(self) -> "Lora":
         import torch
 
         from trimode.model.lora import Lora
+        from trimode.model.successor import Successor
 
         dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -82,7 +87,9 @@ class StoredAdapter:
             return tensor
 
         mask_embedding = None if self.mask_embedding is None else load(self.mask_embedding)[0]
-        return Lora({place: (load(A), load(B)) for place, (A, B) in self.factors.items()}, self.scale, mask_embedding)
+        successor = None if self.successor is None else Successor(*map(load, self.successor))
+        factors = {place: (load(A), load(B)) for place, (A, B) in self.factors.items()}
+        return Lora(factors, self.scale, mask_embedding, successor)
 
 
 def open_adapter(directory: Path, config: ModelConfig) -> StoredAdapter:
@@ -145,7 +152,30 @@ def open_adapter(directory: Path, config: ModelConfig) -> StoredAdapter:
         {(layer, name) for layer, name, _ in found}, key=lambda place: (place[0], list(ADAPTED).index(place[1]))
     )
     factors = {(i, ADAPTED[name]): (found[i, name, "A"], found[i, name, "B"]) for i, name in places}
-    return StoredAdapter(rank=rank, scale=scale, factors=factors, facts=facts, base=base, mask_embedding=mask_embedding)
+    return StoredAdapter(
+        rank=rank,
+        scale=scale,
+        factors=factors,
+        facts=facts,
+        base=base,
+        mask_embedding=mask_embedding,
+        successor=_open_successor(directory / SUCCESSOR, config),
+    )
+
+
+def _open_successor(path: Path, config: ModelConfig) -> tuple[StoredTensor, StoredTensor] | None:
+    if not path.exists():
+        return None
+    tensors = read_header(path)
+    if set(tensors) != {"inner", "outer"}:
+        raise CheckpointError(f"{path} must hold inner and outer; it holds {listed(sorted(tensors)) or 'nothing'}.")
+    inner, outer = tensors["inner"], tensors["outer"]
+    D, R = config.width, inner.shape[0] if inner.shape else 0
+    if inner.shape != (R, 2 * D) or outer.shape != (D, R) or not R or not inner.readable or not outer.readable:
+        raise CheckpointError(
+            f"{path} holds inner {list(inner.shape)} and outer {list(outer.shape)}; numbers in [R, {2 * D}] and [{D}, R] are expected."
+        )
+    return inner, outer
 
 
 def _check_embedding(raw: Mapping[str, Any], embedding: StoredTensor | None, config: ModelConfig, where: Path) -> None:
@@ -218,6 +248,10 @@ def save_adapter(
             place = f"base_model.model.{backbone}.layers.{layer}.{block}.{name}"
             writer.write(f"{place}.lora_A.weight", A)
             writer.write(f"{place}.lora_B.weight", B)
+    if adapter.successor is not None:
+        with ShardWriter(directory / SUCCESSOR, room_for=2) as writer:
+            writer.write("inner", adapter.successor.inner.contiguous())
+            writer.write("outer", adapter.successor.outer.contiguous())
     layers = sorted({layer for layer, _ in adapter.factors})
     alpha = adapter.scale * rank
     raw = {

@@ -20,6 +20,7 @@ __all__ = [
     "Choice",
     "Constraint",
     "Decoder",
+    "DraftHead",
     "Generation",
     "OneByOne",
     "Outcome",
@@ -69,6 +70,19 @@ class Step:
     """Inputs that the draft adapter acts on."""
 
 
+@runtime_checkable
+class DraftHead(Protocol):
+    """Masks are filled all at once and do not know one another's tokens. This chooses again when the token before is known."""
+
+    def draft(self, hidden: Tensor, logits: Tensor, before: int) -> list[int]:
+        """Greedily, for masks in a row behind the token `before`: hidden [n, D], logits [n, V]."""
+        ...
+
+    def rescored(self, hidden: Tensor, logits: Tensor, before: int) -> Tensor:
+        """One mask's logits behind the token `before`: of hidden [1, D] and logits [1, V] others [1, V]."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Rows:
     """Logits of some inputs, and what the engine found beside them, so that nobody needs to go over a whole vocabulary again."""
@@ -79,6 +93,10 @@ class Rows:
     """The arg-max of each row, the mask token left out."""
     logsumexp: Tensor | None = None
     """[n] float32"""
+    hidden: Tensor | None = None
+    """[n, D] What a draft head wants of these inputs."""
+    draft_head: "DraftHead | None" = None
+    """Chooses drafts that know the draft before them, where the checkpoint has such a head."""
 
     def __len__(self) -> int:
         return len(self.logits)
@@ -87,7 +105,9 @@ class Rows:
         best = self.best
         if best is not None:
             best = best[which] if isinstance(which, slice) else tuple(best[i] for i in which)
-        return Rows(self.logits[which], best, None if self.logsumexp is None else self.logsumexp[which])
+        logsumexp = None if self.logsumexp is None else self.logsumexp[which]
+        hidden = None if self.hidden is None else self.hidden[which]
+        return Rows(self.logits[which], best, logsumexp, hidden, self.draft_head)
 
     def probabilities(self, tokens: Sequence[int]) -> Tensor:
         """[n] of one token a row, under the untempered distribution with the mask in it, in the model's dtype."""

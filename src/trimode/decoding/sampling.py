@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from trimode.decoding.interface import Generation, Rows, TokenLogprob
+from trimode.decoding.interface import DraftHead, Generation, Rows, TokenLogprob
 from trimode.decoding.settings import Settings
 
 __all__ = [
@@ -153,20 +153,34 @@ def _choose(row: Rows, generation: Generation, history: Sequence[int]) -> int:
 def draft_tokens(rows: Rows, generation: Generation, *before: int) -> tuple[list[int], Tensor | None]:
     """Tentative tokens for masked places, and the distributions that they were drawn from: None if they are arg-maxima.
     `before`: tokens that become final in this step and precede the places."""
-    if generation.constraint is not None:
-        return _draft_in_order(rows.logits, generation, [*generation.final, *before])
-    if generation.settings.temperature == 0:
-        return best_tokens(rows, generation), None
-    q = truncated_distribution(adjusted(rows.logits, generation), generation.settings)
+    settings = generation.settings
+    history = [*generation.final, *before]
+    head = rows.draft_head if generation.traits.adapter_on_draft != "none" else None
+    is_plain = generation.constraint is None and not settings.has_penalty and not settings.logit_bias
+    if settings.temperature == 0 and is_plain:
+        if head is None or rows.hidden is None:
+            return best_tokens(rows, generation), None
+        return head.draft(rows.hidden, rows.logits, history[-1]), None
+    if generation.constraint is not None or head is not None:
+        return _draft_in_order(rows, head, generation, history)
+    scores = adjusted(rows.logits, generation)
+    if settings.temperature == 0:
+        return scores.argmax(dim=-1).tolist(), None
+    q = truncated_distribution(scores, settings)
     return pick(q, uniform(generation, len(q))).tolist(), q
 
 
-def _draft_in_order(logits: Tensor, generation: Generation, history: list[int]) -> tuple[list[int], Tensor | None]:
-    """Drafts under a constraint, each place knowing what was drafted before it: what the constraint forbids is never drafted."""
+def _draft_in_order(
+    rows: Rows, head: DraftHead | None, generation: Generation, history: list[int]
+) -> tuple[list[int], Tensor | None]:
+    """Drafts place by place, each knowing what was drafted before it: what a constraint forbids there is never drafted."""
     tokens: list[int] = []
     distributions = []
-    for j in range(len(logits)):
-        scores = scores_after(logits[j : j + 1], generation, history + tokens)
+    for j in range(len(rows)):
+        logits = rows.logits[j : j + 1]
+        if head is not None and rows.hidden is not None:
+            logits = head.rescored(rows.hidden[j : j + 1], logits, (history + tokens)[-1])
+        scores = scores_after(logits, generation, history + tokens)
         if generation.settings.temperature == 0:
             tokens.append(int(scores.argmax(dim=-1)))
         else:

@@ -6,7 +6,7 @@ makes and owns its cache's memory. Whoever plans forwards cannot tell them apart
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from trimode.model.attention import CachedAttention, KernelName, Span
 from trimode.model.cache import KeyValueCache
 from trimode.model.config import ModelConfig
 from trimode.model.lora import Lora
+from trimode.model.successor import Successor, num_candidates
 from trimode.model.transformer import Transformer
 
 __all__ = ["Answers", "Cache", "Forward", "Inputs", "Scores", "TorchForward"]
@@ -29,6 +30,10 @@ class Answers(NamedTuple):
     """The arg-max of each row, the mask token left out; None where nobody looked."""
     logsumexp: Tensor | None = None
     """[n] float32; None where nobody looked."""
+    hidden: Tensor | None = None
+    """[n, D] The hidden states themselves, where a draft head may want them."""
+    draft_head: Any = None
+    """Chooses drafts one behind the other (`draft`, `rescored`); None where the adapter has no successor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +119,9 @@ class TorchForward:
         self.dtype = dtype
         self.device = torch.device(device)
         self.precision = str(dtype).removeprefix("torch.")
+        self._draft_head = (
+            None if lora is None or lora.successor is None else TorchDraftHead(transformer, lora.successor)
+        )
 
     def make_cache(self, lengths: Sequence[int]) -> KeyValueCache:
         return KeyValueCache(self.config, lengths, dtype=self.dtype, device=self.device)
@@ -134,19 +142,59 @@ class TorchForward:
             lora_rows=None if self._lora is None else torch.tensor(inputs.adapted, dtype=torch.long, device=device),
         )
         asked = torch.tensor(inputs.asked, dtype=torch.long, device=device)
-        return TorchScores(self.transformer, hidden[asked])
+        return TorchScores(self.transformer, hidden[asked], self._draft_head)
 
 
 class TorchScores:
     """Hidden states, and the head that turns them into logits."""
 
-    def __init__(self, transformer: Transformer, hidden: Tensor) -> None:
+    def __init__(self, transformer: Transformer, hidden: Tensor, draft_head: "TorchDraftHead | None" = None) -> None:
         self._transformer = transformer
         self._hidden = hidden
+        self._draft_head = draft_head
 
     def answers(self, start: int, stop: int) -> Answers:
-        return Answers(self.logits(start, stop))
+        head = self._draft_head
+        return Answers(
+            self.logits(start, stop), hidden=None if head is None else self._hidden[start:stop], draft_head=head
+        )
 
     @torch.inference_mode()
     def logits(self, start: int, stop: int) -> Tensor:
         return self._transformer.logits(self._hidden[start:stop])
+
+
+class TorchDraftHead:
+    """What `decoding.interface.DraftHead` asks for. Its products are small ones of single rows, in float32, so that a draft does not
+    depend on its company."""
+
+    def __init__(self, transformer: Transformer, successor: Successor) -> None:
+        config = transformer.config
+        self._successor = Successor(successor.inner.float(), successor.outer.float())
+        self._embedding = transformer.embedding.weight
+        self._head = self._embedding if config.tied_head else transformer.head.dense_weight()
+        self._mask = config.mask_token_id
+
+    @torch.inference_mode()
+    def draft(self, hidden: Tensor, logits: Tensor, before: int) -> list[int]:
+        first = torch.tensor([before], device=hidden.device)
+        scores = self._without_mask(logits)[None]
+        return self._successor.draft(hidden.float()[None], scores, first, self._embed, self._rows)[0].tolist()
+
+    @torch.inference_mode()
+    def rescored(self, hidden: Tensor, logits: Tensor, before: int) -> Tensor:
+        likely = self._without_mask(logits).topk(num_candidates(logits.shape[-1])).indices
+        token = torch.tensor([before], device=hidden.device)
+        scores = self._successor.scores(hidden.float(), self._embed(token), self._rows(likely))
+        return logits.float().scatter(-1, likely, scores)
+
+    def _without_mask(self, logits: Tensor) -> Tensor:
+        if self._mask is None:
+            return logits
+        return logits.index_fill(-1, torch.tensor(self._mask, device=logits.device), float("-inf"))
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        return self._embedding[tokens].float()
+
+    def _rows(self, tokens: Tensor) -> Tensor:
+        return self._head[tokens].float()

@@ -22,6 +22,7 @@ from trimode.model.config import ModelConfig
 from trimode.model.forward import Answers, Cache, Inputs
 from trimode.model.lora import Lora
 from trimode.model.rope import inverse_frequencies
+from trimode.model.successor import num_candidates
 from trimode.model.views import Causal, View, visible_matrix
 
 try:
@@ -186,6 +187,7 @@ class NativeForward:
         self._maps: dict[tuple[int, str], dict[str, Any]] = {}
         self._kept: list[Any] = []
         """Whatever the engine borrows memory from."""
+        self._has_successor = False
         self._lock = threading.Lock()
         _FORWARDS.add(self)
 
@@ -250,9 +252,15 @@ class NativeForward:
                 self._model.set_adapter(layer, index, self._packed(stacked, found[0][1].dtype), packed)
         embedding = None if lora.mask_embedding is None else lora.mask_embedding.float().numpy()
         self._model.set_adapter_scale(lora.scale, embedding)
+        if lora.successor is not None:
+            inner, outer = lora.successor.inner, lora.successor.outer
+            halves = (*inner.chunk(2, dim=1), outer)
+            self._model.set_successor(*(self._packed(w, w.dtype, rounded=False) for w in halves))
+            self._has_successor = True
 
-    def _packed(self, weight: Tensor, stored: torch.dtype) -> Any:
-        kind = "u8" if self.precision == "int8" else "bfloat16" if stored == torch.bfloat16 else "float32"
+    def _packed(self, weight: Tensor, stored: torch.dtype, *, rounded: bool = True) -> Any:
+        is_integer = rounded and self.precision == "int8"
+        kind = "u8" if is_integer else "bfloat16" if stored == torch.bfloat16 else "float32"
         matrix = new_matrix(kind, *weight.shape)
         matrix.pack_floats(0, weight.float().contiguous().numpy())
         self._kept.append(matrix)
@@ -272,10 +280,27 @@ class NativeForward:
         """Logits of hidden states [n, D], and what is known of them beside."""
         V = self.config.vocab_size
         logits = torch.empty(len(hidden), (V + 15) // 16 * 16)
-        but = -1 if self.config.mask_token_id is None else self.config.mask_token_id
         with self._lock:
-            best, logsumexp = self._model.head(hidden, but, logits.numpy())
-        return Answers(logits[:, :V], tuple(best.tolist()), torch.from_numpy(logsumexp))
+            best, logsumexp = self._model.head(hidden, self._mask, logits.numpy())
+        found = Answers(logits[:, :V], tuple(best.tolist()), torch.from_numpy(logsumexp))
+        return found._replace(hidden=torch.from_numpy(hidden), draft_head=self) if self._has_successor else found
+
+    @property
+    def _mask(self) -> int:
+        return -1 if self.config.mask_token_id is None else self.config.mask_token_id
+
+    def draft(self, hidden: Tensor, logits: Tensor, before: int) -> list[int]:
+        """See `decoding.interface.DraftHead`."""
+        count = num_candidates(self.config.vocab_size)
+        with self._lock:
+            return self._model.draft(hidden.numpy(), logits.numpy(), before, self._mask, count).tolist()
+
+    def rescored(self, hidden: Tensor, logits: Tensor, before: int) -> Tensor:
+        """See `decoding.interface.DraftHead`."""
+        count = num_candidates(self.config.vocab_size)
+        with self._lock:
+            tokens, scores = self._model.rescore(hidden.numpy(), logits.numpy(), before, self._mask, count)
+        return logits.scatter(-1, torch.from_numpy(tokens).long()[None], torch.from_numpy(scores)[None])
 
 
 class NativeScores:

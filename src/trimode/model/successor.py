@@ -14,10 +14,15 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["CANDIDATES", "Successor"]
+__all__ = ["Successor", "num_candidates"]
 
 CANDIDATES = 32
 """Tokens of a row that are scored again: its likeliest ones."""
+
+
+def num_candidates(vocab_size: int) -> int:
+    """Tokens of a row that are scored again; the mask is never one of them."""
+    return min(CANDIDATES, vocab_size - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +54,12 @@ class Successor:
         embed: Callable[[Tensor], Tensor],
         head: Callable[[Tensor], Tensor],
     ) -> Int[Tensor, "n m"]:
-        """The likeliest tokens of n blocks of m masks, each knowing the one before it; `before` are those before the blocks.
+        """The likeliest tokens of n blocks of m masks, each knowing the one before it; `before` are those before the blocks. The
+        mask's own logits must be -inf.
 
         embed, head: ids to rows of the embedding and of the output head.
         """
-        likely = logits.topk(min(CANDIDATES, logits.shape[-1]), dim=-1).indices
+        likely = logits.topk(num_candidates(logits.shape[-1]), dim=-1).indices
         drafts = []
         for j in range(hidden.shape[1]):
             scores = self.scores(hidden[:, j], embed(before), head(likely[:, j]))

@@ -63,6 +63,9 @@ struct AdapterGroup {  // parts that share their inputs
   Weights a;
   std::vector<AdapterPart> parts;
 };
+struct Successor {     // [R, D], [R, D], [D, R]
+  Weights from_hidden, from_before, outer;
+};
 enum Place { kQkv = 0, kOutput = 1, kGateUp = 2, kDown = 3, kPlaces = 4 };
 
 struct Layer {
@@ -117,6 +120,11 @@ class Model {
   // exponentials.
   void head(const float* hidden, int count, int but, float* logits, size_t stride, int* best, float* logsumexp);
 
+  // What a mask's hidden state and the token before it make of the scores of the mask's `count` likeliest tokens, `but` left out.
+  void rescore(const float* hidden, const float* logits, int before, int but, int count, int* tokens, float* scores);
+  // The likeliest tokens of `num` masks, each chosen of its `count` likeliest by its score behind the one before it.
+  void draft(const float* hidden, int num, const float* logits, size_t stride, int before, int but, int count, int* drafts);
+
   const Config config;
   const Kernels* const kernels;
   Weights embedding;  // its rows are read; also the head where the two are tied
@@ -125,6 +133,7 @@ class Model {
   std::vector<float> norm;
   float adapter_scale = 1.0f;
   std::vector<float> mask_embedding;
+  Successor successor;
   // Activations are rounded to int8 for products with integer weights; else those weights are widened.
   bool rounds_activations = true;
   int num_threads() const { return threads_.count(); }
@@ -168,14 +177,16 @@ class Model {
   template <typename T>
   void attend(int index, Cache& cache, const std::vector<Span>& spans);
   void grow_rotations(int position);
+  void score_again(const float* hidden, int before, const int* tokens, int count, float* scores);
 
   Threads threads_;
-  Floats2d x_, normed_, qkv_, attended_, gate_up_, gated_, low_, picked_, final_;
+  Floats2d x_, normed_, qkv_, attended_, gate_up_, gated_, low_, picked_, final_, both_, inner_, changed_;
   Prepared prepared_, prepared_low_, prepared_picked_, prepared_final_;
   std::vector<float> cosines_, sines_, query_scales_;
   int num_rotations_ = 0;
   std::vector<std::vector<float>> scratch_;
   std::vector<Piece> pieces_;
+  std::vector<float> ones_;
   std::vector<int> slots_;  // cache position of each input
 };
 

@@ -355,6 +355,52 @@ PYBIND11_MODULE(_native, m) {
              return py::make_tuple(best, logsumexp);
            },
            py::arg("hidden"), py::arg("but"), py::arg("logits").noconvert())
+      .def("set_successor",
+           [](Model& self, const PyMatrix& from_hidden, const PyMatrix& from_before, const PyMatrix& outer) {
+             const int R = from_hidden.weights->matrix.num_outputs, D = self.config.width;
+             require(is_sized(*from_hidden.weights, R, D) && is_sized(*from_before.weights, R, D) && is_sized(*outer.weights, D, R),
+                     "a successor has another size");
+             for (const PyMatrix* m : {&from_hidden, &from_before, &outer})
+               require(m->weights->matrix.format <= Format::bf16, "a successor is not made of integers");
+             self.successor = {*from_hidden.weights, *from_before.weights, *outer.weights};
+           },
+           py::keep_alive<1, 2>(), py::keep_alive<1, 3>(), py::keep_alive<1, 4>())
+      .def("rescore",
+           [](Model& self, FloatArray hidden, FloatArray logits, int before, int but, int count) {
+             require(self.embedding.is_set() && self.successor.outer.is_set(), "the model has no successor");
+             const Config& c = self.config;
+             require(hidden.size() == c.width && logits.size() == c.vocab_size && before >= 0 && before < c.vocab_size && count > 0 &&
+                         count < c.vocab_size,
+                     "a mask of another model");
+             py::array_t<int> tokens(count);
+             py::array_t<float> scores(count);
+             int* const t = tokens.mutable_data();
+             float* const s = scores.mutable_data();
+             {
+               py::gil_scoped_release release;
+               self.rescore(hidden.data(), logits.data(), before, but, count, t, s);
+             }
+             return py::make_tuple(tokens, scores);
+           })
+      .def("draft",
+           [](Model& self, FloatArray hidden, py::array_t<float> logits, int before, int but, int count) {
+             require(self.embedding.is_set() && self.successor.outer.is_set(), "the model has no successor");
+             const Config& c = self.config;
+             require(hidden.ndim() == 2 && hidden.shape(1) == c.width && logits.ndim() == 2 && logits.shape(0) == hidden.shape(0) &&
+                         logits.shape(1) == c.vocab_size && logits.strides(1) == 4 && logits.strides(0) % 4 == 0 && before >= 0 &&
+                         before < c.vocab_size && count > 0 && count < c.vocab_size,
+                     "masks of another model");
+             const int num = (int)hidden.shape(0);
+             const size_t stride = (size_t)logits.strides(0) / 4;
+             py::array_t<int> drafts(num);
+             int* const d = drafts.mutable_data();
+             {
+               py::gil_scoped_release release;
+               self.draft(hidden.data(), num, logits.data(), stride, before, but, count, d);
+             }
+             return drafts;
+           },
+           py::arg("hidden"), py::arg("logits").noconvert(), py::arg("before"), py::arg("but"), py::arg("count"))
       .def_readwrite("rounds_activations", &Model::rounds_activations)
       .def_property_readonly("num_threads", &Model::num_threads)
       .def_property_readonly("kernels", [](const Model& self) { return self.kernels->name; });

@@ -48,7 +48,9 @@ def num_trained(config: ModelConfig, recipe: Recipe) -> int:
     """Parameters of the recipe's LoRA, with the embedding of the mask where it is trained."""
     sizes = config.part_sizes
     factors = sum(sum(sizes[part]) for part in recipe.adapter.parts) * recipe.adapter.rank * config.num_layers
-    return factors + (config.width if recipe.objective == "adapter" else 0) + 3 * config.width * recipe.adapter.successor
+    return (
+        factors + (config.width if recipe.objective == "adapter" else 0) + 3 * config.width * recipe.adapter.successor
+    )
 
 
 def _activations(config: ModelConfig, recipe: Recipe, size: int) -> int:

@@ -165,6 +165,7 @@ def drafts_that_match(
     # beyond the text there is nothing to match: such rows count as wrong
     inside = (rows.weight > 0).view(-1, m)
     logits = model.logits(noisy)
+    logits[:, model.config.mask_token_id] = float("-inf")
     if model.successor is None:
         drafts = logits.argmax(-1).view(-1, m)
     else:
