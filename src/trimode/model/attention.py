@@ -327,7 +327,7 @@ class BlocksOverText:
             queries = (q * K**-0.5).view(n, m, G, r, K).permute(2, 0, 3, 1, 4).reshape(G, n, r * m, K)
             block_keys, block_values = (x.view(n, m, G, K).permute(2, 0, 1, 3) for x in (k, v))
             text_keys, text_values = (x[text.start : text.start + S].transpose(0, 1) for x in (keys, values))
-            over_text = (queries.view(G, -1, K) @ text_keys.mT).view(G, n, r * m, S)
+            over_text = (queries.reshape(G, -1, K) @ text_keys.mT).view(G, n, r * m, S)
             over_block = queries @ block_keys.mT
             if self._causal:
                 later = torch.ones(m, m, dtype=torch.bool, device=q.device).triu(1).repeat(r, 1)
