@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 
 from trimode.decoding.autoregressive import causal_step
-from trimode.decoding.interface import Generation, OneByOne, Outcome, Predictions, Rows, Step, TokenLogprob, Traits
+from trimode.decoding.interface import (
+    DraftHead,
+    Generation,
+    OneByOne,
+    Outcome,
+    Predictions,
+    Rows,
+    Step,
+    TokenLogprob,
+    Traits,
+)
 from trimode.decoding.sampling import (
     adjusted,
     best_tokens,
@@ -99,9 +109,7 @@ def denoise(generation: Generation, progress: Progress, rows: Rows) -> int:
     if generation.constraint is not None:
         _fill_in_order(generation, progress, places, rows)
         return 0
-    tokens = _chosen_tokens(generation, progress, places, rows)
-    # as the reference: the untempered softmax with the mask in it, rounded to the model's dtype
-    confidence = rows.probabilities(tokens)
+    tokens, confidence = _choices(generation, progress, places, rows)
 
     before = list(canvas)
     masked = [j for j, place in enumerate(places) if canvas[place] == traits.mask_token_id]
@@ -128,6 +136,39 @@ def denoise(generation: Generation, progress: Progress, rows: Rows) -> int:
     if settings.logprobs is not None:
         _note_logprobs(generation, progress, [places[j] for j in new], rows[new])
     return revised
+
+
+def _choices(generation: Generation, progress: Progress, places: list[int], rows: Rows) -> tuple[list[int], Tensor]:
+    """A token for each of these places, and how sure each is."""
+    settings, traits = generation.settings, generation.traits
+    head = rows.draft_head if traits.first_is_exact and traits.adapter_on_denoise == "masks" else None
+    is_greedy = (
+        settings.temperature == 0 and not settings.has_penalty and not settings.logit_bias and not progress.banned
+    )
+    if head is not None and is_greedy and traits.mask_token_id in generation.canvas:
+        return _linked_choices(generation, places, rows, head)
+    tokens = _chosen_tokens(generation, progress, places, rows)
+    # as the reference: the untempered softmax with the mask in it, rounded to the model's dtype
+    return tokens, rows.probabilities(tokens)
+
+
+def _linked_choices(generation: Generation, places: list[int], rows: Rows, head: DraftHead) -> tuple[list[int], Tensor]:
+    """The same for masked places, each chosen behind the one before it. Masks in a row are as sure as all of them up to there."""
+    assert rows.hidden is not None
+    tokens = best_tokens(rows, generation)
+    sure = rows.probabilities(tokens)
+    starts = [j for j, place in enumerate(places) if j == 0 or place != places[j - 1] + 1]
+    for start, end in zip(starts, [*starts[1:], len(places)], strict=True):
+        if places[start] == 0:
+            # exact, and needs no second thought; what follows it hangs on it
+            before, first = tokens[start], start + 1
+        else:
+            before, first = generation.canvas[places[start] - 1], start
+        if first < end:
+            own = slice(first, end)
+            tokens[own], probabilities = head.draft(rows.hidden[own], rows.logits[own], before)
+            sure[own] = torch.tensor(probabilities, dtype=sure.dtype, device=sure.device).cumprod(dim=0)
+    return tokens, sure
 
 
 def _chosen_tokens(generation: Generation, progress: Progress, places: list[int], rows: Rows) -> list[int]:
@@ -190,9 +231,11 @@ def _fill(
     rows: Rows,
 ) -> None:
     settings = generation.settings
+    is_exact = generation.traits.first_is_exact and places[0] == 0
     candidates = Candidates(
-        confidence=confidence,
-        scores=rows.logits.float,
+        # the exact place is filled in any case, so a policy that fills one place at least shall find no other instead
+        confidence=confidence if not is_exact else confidence.index_fill(0, torch.tensor(0), 1.0),
+        scores=rows.logits.float if not is_exact else lambda: _certain_first(rows.logits.float(), tokens[0]),
         quota=quota(progress.num_masked, progress.num_steps, progress.step),
         threshold=DEFAULT_THRESHOLD if settings.threshold is None else settings.threshold,
         entropy_bound=DEFAULT_ENTROPY_BOUND if settings.entropy_bound is None else settings.entropy_bound,
@@ -200,12 +243,19 @@ def _fill(
     )
     is_last = progress.step + 1 >= progress.num_steps
     chosen = torch.ones(len(places), dtype=torch.bool) if is_last else POLICIES[settings.unmasking](candidates)
-    if generation.traits.first_is_exact and places[0] == 0:
+    if is_exact:
         chosen[0] = True
     for place, token, sure, take in zip(places, tokens, confidence.tolist(), chosen.tolist(), strict=True):
         if take:
             generation.canvas[place] = token
             progress.confidence[place] = sure
+
+
+def _certain_first(scores: Tensor, token: int) -> Tensor:
+    """Scores by which the first place can only be this token."""
+    first = torch.full_like(scores[:1], float("-inf"))
+    first[0, token] = 0.0
+    return torch.cat((first, scores[1:]))
 
 
 def _revise(

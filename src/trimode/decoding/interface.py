@@ -74,8 +74,9 @@ class Step:
 class DraftHead(Protocol):
     """Masks are filled all at once and do not know one another's tokens. This chooses again when the token before is known."""
 
-    def draft(self, hidden: Tensor, logits: Tensor, before: int) -> list[int]:
-        """Greedily, for masks in a row behind the token `before`: hidden [n, D], logits [n, V]."""
+    def draft(self, hidden: Tensor, logits: Tensor, before: int) -> tuple[list[int], list[float]]:
+        """Greedily, for masks in a row behind the token `before`: hidden [n, D], logits [n, V]. Also how probable each token is
+        behind those before it."""
         ...
 
     def rescored(self, hidden: Tensor, logits: Tensor, before: int) -> Tensor:

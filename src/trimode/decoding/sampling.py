@@ -160,7 +160,7 @@ def draft_tokens(rows: Rows, generation: Generation, *before: int) -> tuple[list
     if settings.temperature == 0 and is_plain:
         if head is None or rows.hidden is None:
             return best_tokens(rows, generation), None
-        return head.draft(rows.hidden, rows.logits, history[-1]), None
+        return head.draft(rows.hidden, rows.logits, history[-1])[0], None
     if generation.constraint is not None or head is not None:
         return _draft_in_order(rows, head, generation, history)
     scores = adjusted(rows.logits, generation)

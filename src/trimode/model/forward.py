@@ -176,17 +176,29 @@ class TorchDraftHead:
         self._mask = config.mask_token_id
 
     @torch.inference_mode()
-    def draft(self, hidden: Tensor, logits: Tensor, before: int) -> list[int]:
-        first = torch.tensor([before], device=hidden.device)
-        scores = self._without_mask(logits)[None]
-        return self._successor.draft(hidden.float()[None], scores, first, self._embed, self._rows)[0].tolist()
+    def draft(self, hidden: Tensor, logits: Tensor, before: int) -> tuple[list[int], list[float]]:
+        likely = self._likely(logits)
+        tokens, probabilities = [], []
+        for j in range(len(hidden)):
+            own = slice(j, j + 1)
+            scores = self._rescored(hidden[own], logits[own], likely[own], before)
+            best = likely[own].gather(-1, scores.gather(-1, likely[own]).argmax(dim=-1, keepdim=True))
+            before = int(best)
+            tokens.append(before)
+            probabilities.append(float(scores.log_softmax(dim=-1).gather(-1, best).exp()))
+        return tokens, probabilities
 
     @torch.inference_mode()
     def rescored(self, hidden: Tensor, logits: Tensor, before: int) -> Tensor:
-        likely = self._without_mask(logits).topk(num_candidates(logits.shape[-1])).indices
+        return self._rescored(hidden, logits, self._likely(logits), before)
+
+    def _rescored(self, hidden: Tensor, logits: Tensor, likely: Tensor, before: int) -> Tensor:
         token = torch.tensor([before], device=hidden.device)
         scores = self._successor.scores(hidden.float(), self._embed(token), self._rows(likely))
         return logits.float().scatter(-1, likely, scores)
+
+    def _likely(self, logits: Tensor) -> Tensor:
+        return self._without_mask(logits).topk(num_candidates(logits.shape[-1])).indices
 
     def _without_mask(self, logits: Tensor) -> Tensor:
         if self._mask is None:

@@ -289,11 +289,12 @@ class NativeForward:
     def _mask(self) -> int:
         return -1 if self.config.mask_token_id is None else self.config.mask_token_id
 
-    def draft(self, hidden: Tensor, logits: Tensor, before: int) -> list[int]:
+    def draft(self, hidden: Tensor, logits: Tensor, before: int) -> tuple[list[int], list[float]]:
         """See `decoding.interface.DraftHead`."""
         count = num_candidates(self.config.vocab_size)
         with self._lock:
-            return self._model.draft(hidden.numpy(), logits.numpy(), before, self._mask, count).tolist()
+            tokens, probabilities = self._model.draft(hidden.numpy(), logits.numpy(), before, self._mask, count)
+        return tokens.tolist(), probabilities.tolist()
 
     def rescored(self, hidden: Tensor, logits: Tensor, before: int) -> Tensor:
         """See `decoding.interface.DraftHead`."""

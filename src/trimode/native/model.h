@@ -122,8 +122,10 @@ class Model {
 
   // What a mask's hidden state and the token before it make of the scores of the mask's `count` likeliest tokens, `but` left out.
   void rescore(const float* hidden, const float* logits, int before, int but, int count, int* tokens, float* scores);
-  // The likeliest tokens of `num` masks, each chosen of its `count` likeliest by its score behind the one before it.
-  void draft(const float* hidden, int num, const float* logits, size_t stride, int before, int but, int count, int* drafts);
+  // The likeliest tokens of `num` masks, each chosen of its `count` likeliest by its score behind the one before it, and their
+  // probabilities there.
+  void draft(const float* hidden, int num, const float* logits, size_t stride, int before, int but, int count, int* drafts,
+             float* probabilities);
 
   const Config config;
   const Kernels* const kernels;

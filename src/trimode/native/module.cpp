@@ -393,12 +393,14 @@ PYBIND11_MODULE(_native, m) {
              const int num = (int)hidden.shape(0);
              const size_t stride = (size_t)logits.strides(0) / 4;
              py::array_t<int> drafts(num);
+             py::array_t<float> probabilities(num);
              int* const d = drafts.mutable_data();
+             float* const p = probabilities.mutable_data();
              {
                py::gil_scoped_release release;
-               self.draft(hidden.data(), num, logits.data(), stride, before, but, count, d);
+               self.draft(hidden.data(), num, logits.data(), stride, before, but, count, d, p);
              }
-             return drafts;
+             return py::make_tuple(drafts, probabilities);
            },
            py::arg("hidden"), py::arg("logits").noconvert(), py::arg("before"), py::arg("but"), py::arg("count"))
       .def_readwrite("rounds_activations", &Model::rounds_activations)

@@ -78,15 +78,34 @@ void Model::rescore(const float* hidden, const float* logits, int before, int bu
   score_again(hidden, before, tokens, count, scores);
 }
 
-void Model::draft(const float* hidden, int count, const float* logits, size_t stride, int before, int but, int k, int* drafts) {
+void Model::draft(const float* hidden, int num, const float* logits, size_t stride, int before, int but, int count, int* drafts,
+                  float* probabilities) {
   const Threads::Awake awake(threads_);
-  std::vector<int> likely((size_t)count * k);
-  threads_.run(count, [&](int j, int) { greatest(logits + (size_t)j * stride, config.vocab_size, but, k, &likely[(size_t)j * k]); });
-  std::vector<float> scores(k);
-  for (int j = 0; j < count; ++j) {
-    const int* tokens = &likely[(size_t)j * k];
-    score_again(hidden + (size_t)j * config.width, before, tokens, k, scores.data());
-    before = drafts[j] = tokens[std::max_element(scores.begin(), scores.end()) - scores.begin()];
+  const int V = config.vocab_size;
+  std::vector<int> likely((size_t)num * count);
+  std::vector<float> maxima(num), sums(num), scores(count);
+  threads_.run(num, [&](int j, int) {
+    const float* row = logits + (size_t)j * stride;
+    int* const tokens = &likely[(size_t)j * count];
+    greatest(row, V, but, count, tokens);
+    maxima[j] = but >= 0 ? std::max(row[tokens[0]], row[but]) : row[tokens[0]];
+    sums[j] = kernels->sum_exp(row, V, maxima[j]);
+  });
+  for (int j = 0; j < num; ++j) {
+    const int* tokens = &likely[(size_t)j * count];
+    const float* row = logits + (size_t)j * stride;
+    score_again(hidden + (size_t)j * config.width, before, tokens, count, scores.data());
+    const int best = (int)(std::max_element(scores.begin(), scores.end()) - scores.begin());
+    // of all tokens' exponentials those of the candidates are exchanged
+    const double maximum = std::max(maxima[j], scores[best]);
+    double others = sums[j], ours = 0.0;
+    for (int i = 0; i < count; ++i) {
+      others -= std::exp((double)row[tokens[i]] - maxima[j]);
+      ours += std::exp(scores[i] - maximum);
+    }
+    const double sum = ours + std::max(others, 0.0) * std::exp(maxima[j] - maximum);
+    before = drafts[j] = tokens[best];
+    probabilities[j] = (float)(std::exp(scores[best] - maximum) / sum);
   }
 }
 
