@@ -24,7 +24,7 @@ from trimode.decoding.settings import Settings, check_for_mode, check_with_const
 from trimode.decoding.trace import traced
 from trimode.device import check_memory, pick_device, pick_dtype, set_threads
 from trimode.engine.answer import Answer, AnswerText
-from trimode.engine.cost import MeasuredChooser, cost_table
+from trimode.engine.cost import MeasuredChooser, cost_table, kept_table
 from trimode.engine.prompts import check_ids, encode_prompt, is_batch
 from trimode.engine.request import Generated, Infilled, Request, Stats, StreamEvent
 from trimode.engine.runner import Runner
@@ -423,15 +423,24 @@ class LanguageModel:
         )
         return Answer(generation, mode, AnswerText(self.tokenizer, generation), self.notice(mode))
 
+    def measure(self) -> None:
+        """Measure now what forwards cost, if `auto` needs it and this machine has not measured it for this model. Otherwise that
+        happens behind the first token of an answer."""
+        settings, mode = self._settings({"mode": "auto"})
+        if settings.mode == "auto" and mode == "self_spec" and self._checkpoint is not None:
+            cost_table(self.forward)
+
     def _auto(self) -> Decoder | None:
         """The decoder that chooses by measured cost; None where nothing was loaded that costs could be kept of."""
         if self._checkpoint is None:
             return None
         if "auto" not in self._decoders:
             traits = self._traits(Settings())
-            table = cost_table(self.forward)
+            forward = self.forward
             chooser = MeasuredChooser(
-                table, has_adapter=traits.adapter_on_draft != "none", first_is_exact=traits.first_is_exact
+                kept_table(forward) or (lambda: cost_table(forward)),
+                has_adapter=traits.adapter_on_draft != "none",
+                first_is_exact=traits.first_is_exact,
             )
             self._decoders["auto"] = Auto(chooser)
         return self._decoders["auto"]

@@ -106,7 +106,7 @@ class Service:
 
     def start(self) -> None:
         """Begin to serve; what forwards cost is measured first, if `auto` needs it, so that no client waits for that."""
-        self.model.open_answer([self.model.config.bos_token_id or 0], {"mode": "auto", "max_new_tokens": 1})
+        self.model.measure()
         self.worker.start()
 
     def stop(self) -> None:
