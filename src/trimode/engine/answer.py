@@ -83,7 +83,7 @@ class Answer:
         """What is new since the last call; with `name_token` the tentative block too, token by token."""
         g = self.generation
         text = self.text.take()
-        new = g.new_tokens[self._num_sent :]
+        new = g.final[len(g.prompt) + self._num_sent :]
         self._num_sent += len(new)
         if text or new:
             told = tuple(g.logprobs[self._num_sent - len(new) : self._num_sent])
