@@ -2,7 +2,7 @@
 
     python benchmarks/python_share.py                # the embedded model in int8: ar, linear and quadratic self-speculation
 
-The engine's two calls (`run` and `head`) are timed from Python, whose call into C++ they include. The rest is decoders, runner, text and
+The engine's two calls (`run` and `head`) are timed from Python, the way into C++ included. The rest is decoders, runner, text and
 statistics. Each setting answers several times, taking turns; the medians are printed, in milliseconds a forward as well.
 """
 

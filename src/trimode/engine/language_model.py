@@ -26,7 +26,7 @@ from trimode.device import check_memory, pick_device, pick_dtype, set_threads
 from trimode.engine.answer import Answer, AnswerText
 from trimode.engine.cost import MeasuredChooser, cost_table, kept_table
 from trimode.engine.prompts import check_ids, encode_prompt, is_batch
-from trimode.engine.request import Generated, Infilled, Request, Stats, StreamEvent
+from trimode.engine.request import Generated, Infilled, Request, StreamEvent
 from trimode.engine.runner import Runner
 from trimode.errors import (
     CheckpointError,
@@ -580,7 +580,7 @@ class LanguageModel:
                 f"Text and spans have {len(ids):,} tokens; the context holds {self.config.max_positions:,}. Shorten them."
             )
         answer = self._begin(tuple(prompt), settings, "diffusion", self._decoders["infill"])
-        answer.generation.canvas = list(canvas)
+        answer.generation.canvas, answer.spans = list(canvas), spans
         return answer, spans
 
     def _masked_ids(
@@ -643,7 +643,7 @@ class LanguageModel:
         """The filled text; `spans` as `open_infill` gave them."""
         whole = answer.generation.final
         runs = [[whole[i] for i in span] for span in spans]
-        stats = self._filled_stats(answer, sum(map(len, runs)), len(whole))
+        stats = answer.stats()
         if self.tokenizer is None:
             return Infilled(text="", spans=[], token_ids=whole, stats=stats)
         return Infilled(
@@ -651,18 +651,6 @@ class LanguageModel:
             spans=[self.tokenizer.decode(run) for run in runs],
             token_ids=whole,
             stats=stats,
-        )
-
-    def _filled_stats(self, answer: Answer, num_filled: int, num_all: int) -> Stats:
-        """Costs of filling in: what was given never counts as output."""
-        stats = answer.stats()
-        return replace(
-            stats,
-            tokens=num_filled,
-            prompt_tokens=num_all - num_filled,
-            decode_tpf=num_filled / max(stats.nfe_decode, 1),
-            e2e_tpf=num_filled / max(stats.nfe_prefill + stats.nfe_decode, 1),
-            tokens_per_second=num_filled / stats.seconds if stats.seconds > 0 else 0.0,
         )
 
     # ---- looking at the model ---------------------------------------------------------------------------------------------
