@@ -111,8 +111,9 @@ def test_one_command_converts_a_base_and_continues_where_it_was(world, tmp_path,
 class _Words:
     """A vocabulary."""
 
-    def __init__(self, *words):
+    def __init__(self, *words, template=None, unknown="<unk>"):
         self.words = list(words)
+        self.chat_template, self.special_tokens = template, {"unk_token": unknown}
         self.special_ids = frozenset(i for i, word in enumerate(words) if word.startswith("<"))
 
     def id_to_token(self, i):
@@ -131,6 +132,19 @@ def test_a_mask_is_found_in_the_vocabulary_or_asked_for():
     for tokenizer, wanted in [(_Words("<s>", "a", "b", "c"), None), (None, None), (None, "9"), (None, "x")]:
         with pytest.raises(MissingMaskTokenError):
             choose_mask(none, tokenizer, wanted)
+
+
+def test_the_bare_file_of_the_embedded_model_gets_the_mask_of_its_preset():
+    preset = open_checkpoint("smollm2-135m")
+    bare = open_checkpoint(preset.path)
+    assert bare.config.mask_token_id is None
+    assert choose_mask(bare.config, bare.tokenizer()) == preset.config.mask_token_id
+
+
+def test_where_no_mask_is_found_control_tokens_that_no_text_holds_are_named():
+    words = _Words("<s>", "<unk>", "<user>", "<image>", template="{{ '<user>' }}")
+    with pytest.raises(MissingMaskTokenError, match="--mask-token, such as '<image>'\\.$"):
+        choose_mask(tiny_config(mask_token_id=None, vocab_size=4, bos_token_id=0), words)
 
 
 @pytest.mark.parametrize(
