@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,7 +144,7 @@ def test_the_bare_file_of_the_embedded_model_gets_the_mask_of_its_preset():
 
 def test_where_no_mask_is_found_control_tokens_that_no_text_holds_are_named():
     words = _Words("<s>", "<unk>", "<user>", "<image>", template="{{ '<user>' }}")
-    with pytest.raises(MissingMaskTokenError, match="--mask-token, such as '<image>'\\.$"):
+    with pytest.raises(MissingMaskTokenError, match=r"--mask-token, such as '<image>'\.$"):
         choose_mask(tiny_config(mask_token_id=None, vocab_size=4, bos_token_id=0), words)
 
 
@@ -158,6 +159,21 @@ def test_where_no_mask_is_found_control_tokens_that_no_text_holds_are_named():
 def test_a_setting_that_another_disconnects_is_refused(world, change, said):  # noqa: F811
     with pytest.raises(SettingError, match=said):
         read_recipe(world / "recipe.toml", [change])
+
+
+def test_all_that_a_recipe_lacks_is_told_at_once(world):  # noqa: F811
+    written = tomllib.loads((world / "recipe.toml").read_text())
+    del written["base"], written["data"]["sources"], written["train"]["steps"], written["train"]["documents_per_step"]
+    with pytest.raises(SettingError) as error:
+        make_recipe(written, world)
+    assert "lacks base, data.sources, train.steps, train.documents_per_step. " in str(error.value)
+    del written["data"], written["train"]
+    told = "base, data.sources, train.steps, train.documents_per_step, train.documents_per_forward"
+    with pytest.raises(SettingError) as error:
+        make_recipe(written, world)
+    assert f"lacks {told}. " in str(error.value)
+    with pytest.raises(SettingError, match=r"Unknown key 'train\.stpes'"):  # more help than that steps are missing
+        make_recipe({**written, "train": {"stpes": 3}}, world)
 
 
 def two_processes(recipe: Path, output: Path, *changes: str) -> None:

@@ -20,7 +20,9 @@ __all__ = ["Document", "Mixture", "TokenBatch", "make_documents", "pack", "read_
 SHORTEST_ANSWER = 3
 """Fewest tokens of a document that may be learnt: an anchor's successor, and one behind it to draft."""
 
-REMEDY = """Mend it, or leave bad lines out: --bad-lines skip (trimode distill), data.bad_lines = "skip" (recipes, --set)."""
+REMEDY = (
+    """Mend it, or leave bad lines out: --bad-lines skip (trimode distill), data.bad_lines = "skip" (recipes, --set)."""
+)
 
 Skip = Callable[[str], None]
 """Told about each line that is left out."""
@@ -65,9 +67,7 @@ def read_prompts(path: Path, *, limit: int | None = None, skip: Skip | None = No
         if (isinstance(prompt, str) and prompt.strip()) or (isinstance(messages, list) and messages):
             records.append((number, record))
         elif skip is None:
-            raise DataError(
-                f"Line {number} of {path}: it has no prompt (a text) and no messages. {REMEDY}"
-            )
+            raise DataError(f"Line {number} of {path}: it has no prompt (a text) and no messages. {REMEDY}")
         else:
             skip(f"line {number} of {path}: it has no prompt and no messages")
     if not records:
