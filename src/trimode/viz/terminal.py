@@ -220,17 +220,19 @@ def info_page(facts: Mapping[str, Any], machine: Mapping[str, int | None]) -> Te
         *_blocks(facts),
         ("adapter", _adapter(facts["adapter"])),
     ]
-    for number, (dtype, needed) in enumerate(facts["memory_bytes"].items()):
+    needs = {dtype: readable_bytes(needed) for dtype, needed in facts["memory_bytes"].items()}
+    widest = max(map(len, needs.values()), default=0)
+    for number, (dtype, needed) in enumerate(needs.items()):
         verdict = facts["runs_here"].get(dtype, "")
         style = {"runs here": "green", "does not fit here": "red"}.get(verdict, "yellow")
-        needs = f"{readable_bytes(needed):>8} in {dtype:<8}  "
-        rows.append(("memory" if number == 0 else "", Text.assemble(needs, (verdict, style))))
-    engine = facts["engine"]
-    by = engine["name"] if engine["kernels"] is None else f"{engine['name']} ({engine['kernels']})"
-    rows.append(("on the CPU", f"{engine['precision']} by {by}: {engine['why']}"))
+        told = Text.assemble(f"{needed:>{widest}} in {dtype:<8}  ", (verdict, style))
+        rows.append(("memory" if number == 0 else "", told))
     if machine["memory_bytes"] is not None:
         has, free = readable_bytes(machine["memory_bytes"]), machine["available_bytes"]
-        rows.append(("here", f"{has:>8}" + ("" if free is None else f", {readable_bytes(free)} of it free")))
+        rows.append(("here", f"{has} of memory" + ("" if free is None else f", {readable_bytes(free)} of it free")))
+    engine = facts["engine"]
+    by = "PyTorch" if engine["kernels"] is None else f"the native engine ({engine['kernels']})"
+    rows.append(("on the CPU", f"in {engine['precision']} by {by}; {engine['why']}"))
     page = Text(str(facts["name"]), style="bold")
     for label, told in rows:
         line = Text.assemble("\n", (f"{label:<12}", "dim"), told)
