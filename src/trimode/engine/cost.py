@@ -8,7 +8,6 @@ accepted so far.
 import hashlib
 import json
 import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 from trimode.decoding.auto import LARGEST_STEP
 from trimode.decoding.interface import Choice, Generation
+from trimode.device import processor
 from trimode.model.attention import Span
 from trimode.model.config import ModelConfig
 from trimode.model.forward import Cache, Forward, Inputs
@@ -164,21 +164,12 @@ def _identity(forward: Forward) -> dict[str, object]:
     config: ModelConfig = forward.config
     return {
         "version": 1,
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "device": str(forward.device),
         "engine": forward.describe(),
         "shape": [config.width, config.mlp_width, config.num_layers, config.vocab_size, config.num_kv_heads],
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 class Acceptance:
