@@ -4,6 +4,7 @@ torch is imported where it is needed: `trimode info` asks for the machine's memo
 """
 
 import os
+import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +17,14 @@ __all__ = [
     "NATIVE_MISSING",
     "available_bytes",
     "check_memory",
+    "forget_peak",
     "memory_bytes",
     "native_kernels",
     "peak_memory",
     "pick_device",
     "pick_dtype",
+    "processor",
+    "resident_memory",
     "set_threads",
     "total_memory",
 ]
@@ -133,11 +137,47 @@ def peak_memory(device: "torch.device") -> int | None:
         import torch
 
         return torch.cuda.max_memory_allocated(device)
+    return _status_bytes("VmHWM")
+
+
+def resident_memory(device: "torch.device | None" = None) -> int | None:
+    """Bytes in use now, of the same; of this process, and without torch, if no device is given."""
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return torch.cuda.memory_allocated(device)
+    return _status_bytes("VmRSS")
+
+
+def forget_peak(device: "torch.device") -> None:
+    """Start `peak_memory` anew, where the system lets us."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # not Linux, or not allowed: the peak is then that of the whole process
+        return
+
+
+def _status_bytes(key: str) -> int | None:
     status = Path("/proc/self/status")
     if not status.is_file():
         return None
-    peak = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM")), None)
-    return None if peak is None else int(peak.split()[1]) * 1024
+    line = next((line for line in status.read_text().splitlines() if line.startswith(key)), None)
+    return None if line is None else int(line.split()[1]) * 1024
+
+
+def processor() -> str:
+    """The CPU's name."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def total_memory(device: "torch.device") -> int | None:

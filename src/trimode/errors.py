@@ -99,6 +99,15 @@ class EngineContractError(TrimodeError, RuntimeError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint ` Did you mean 'x'?` for the known name closest to `name`, or the empty string."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {found[0]!r}?" if found else ""
+    """A hint ` Did you mean 'x'?` for the known name that is `name` mistyped or cut short, or the empty string."""
+
+    def plain(word: str) -> str:
+        return word.lstrip("-").lower()  # the dashes of an option are no likeness
+
+    spellings = {plain(word): word for word in known}
+    typed = plain(name)
+    # below the cutoff are other words: of four letters two alike would do at one half, such as fast and auto
+    found = difflib.get_close_matches(typed, spellings, n=1, cutoff=0.65)
+    if not found and len(typed) >= 3:
+        found = [word for word in spellings if word.startswith(typed)][:1]
+    return f" Did you mean {spellings[found[0]]!r}?" if found else ""

@@ -1,10 +1,16 @@
 """`trimode generate`: where its output goes, and what it passes on."""
 
+import gc
 import io
 import json
 import sys
+from contextlib import nullcontext
 
 import pytest
+
+import trimode
+from trimode.cli import screen
+from trimode.errors import CheckpointError
 
 TEXT = "The sky scatters blue light.\nThat is all."
 
@@ -178,3 +184,25 @@ def test_standard_input_without_a_prompt_is_told(cli, no_model, monkeypatch, std
     ended = cli("generate", "-")
     assert (ended.status, ended.stdout) == (2, "")
     assert told in ended.stderr
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_garbage_is_looked_for_while_a_model_loads_and_afterwards_it_is(model, monkeypatch, fails):
+    seen = []
+
+    def load(name, **arguments):
+        seen.append(gc.isenabled())
+        if fails:
+            raise CheckpointError("no")
+        return model
+
+    monkeypatch.setitem(vars(trimode), "load", load)
+    before = gc.get_freeze_count()
+    try:
+        with pytest.raises(CheckpointError) if fails else nullcontext():
+            screen.load("x", dtype=None, device=None, threads=None)
+        assert seen == [False]
+        assert gc.isenabled()
+        assert (gc.get_freeze_count() > before) is not fails
+    finally:
+        gc.unfreeze()

@@ -61,16 +61,28 @@ def test_the_page_tells_sizes_modes_and_what_would_run_here(cli, describe):
     rows = [" ".join(line.split()) for line in ended.stdout.splitlines()]
     assert "memory 600 MB in float32 does not fit here" in rows
     assert "300 MB in bfloat16 runs here" in rows
-    assert "here 500 MB, 400 MB of it free" in rows
+    assert "here 500 MB of memory, 400 MB of it free" in rows
+
+
+def test_what_is_told_stands_in_one_column(cli, describe):
+    describe["memory_bytes"] = {"float32": 1_200_000_000, "bfloat16": 600_000_000}
+    _, *rows = cli("info", "smollm2-135m").stdout.splitlines()
+    begins = {len(row) - len(row[12:].lstrip()) for row in rows if "600 MB" not in row}
+    assert begins == {12}
+    sizes = [row.index(" in ") for row in rows if "B in " in row]
+    assert len(sizes) == 2
+    assert len(set(sizes)) == 1
 
 
 @pytest.mark.parametrize(
     ("stored", "kernels", "told"),
     [
-        ("Q4_1", ["avx2"], "int8 by native (avx2): --quantize none keeps its own numbers."),
-        ("float32", ["avx2"], "float32 by native (avx2): the checkpoint is in float32; --quantize int8 is faster."),
-        ("bfloat16", [], "bfloat16 by torch: no native engine: it was not built, for want of a C++ compiler"),
-        ("Q4_1", [], "float32 by torch: no native engine"),
+        ("Q4_1", ["avx2"], "in int8 by the native engine (avx2); --quantize none computes in float32: slower"),
+        ("bfloat16", ["avx2"], "in int8 by the native engine (avx2); --quantize none computes in bfloat16: slower"),
+        ("float32", ["avx2"], "in float32 by the native engine (avx2); --quantize int8 is faster"),
+        ("float16", ["avx2"], "in float16 by PyTorch; --quantize int8 is faster, by the native engine."),
+        ("bfloat16", [], "in bfloat16 by PyTorch; no native engine: it was not built, for want of a C++ compiler"),
+        ("Q4_1", [], "in float32 by PyTorch; no native engine"),
     ],
 )
 def test_the_page_tells_which_engine_runs_it_and_why(cli, describe, monkeypatch, stored, kernels, told):

@@ -4,13 +4,13 @@ import json
 import random
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.worlds import random_lora, tiny_model
 from trimode.decoding.auto import Auto
 from trimode.decoding.interface import Choice
+from trimode.engine import cost
 from trimode.engine.cost import Acceptance, CostTable, MeasuredChooser, cost_table, measure_cost
 
 CHOICES = [Choice("ar"), *(Choice(kind, n) for kind in ("linear", "quadratic") for n in (2, 3, 5, 8))]
@@ -134,6 +134,29 @@ def test_a_seeded_sample_does_not_hang_on_who_shares_the_forward():
     assert chooser.choose(g, 30) == before
 
 
+def test_a_first_token_does_not_wait_for_the_measuring_but_a_seeded_sample_does():
+    measured = []
+
+    def measure():
+        measured.append(True)
+        return BENT
+
+    model = tiny_model(3)
+    answer = model.open_answer([5], {"mode": "self_spec", "max_new_tokens": 3})
+    seeded = model.open_answer([5], {"mode": "self_spec", "max_new_tokens": 3, "temperature": 1.0, "seed": 1})
+    for one, measured_at_first in ((answer, False), (seeded, True)):
+        measured.clear()
+        chooser = MeasuredChooser(measure, has_adapter=True, first_is_exact=False)
+        one.generation.decoder = Auto(chooser)
+        ticks = model._run([one], None)
+        next(ticks)
+        assert one.generation.num_new >= 1
+        assert bool(measured) == measured_at_first
+        for _ in ticks:
+            pass
+        assert measured == [True]
+
+
 def test_the_table_is_measured_once_and_kept_for_this_machine_alone(tmp_path):
     model = tiny_model(3)
     table = cost_table(model.forward, folder=tmp_path)
@@ -158,18 +181,28 @@ def test_a_home_that_cannot_be_written_costs_only_the_keeping(tmp_path):
     assert cost_table(tiny_model(3).forward, folder=blocked / "below").num_inputs
 
 
+class Counted:
+    """A forward that counts its runs."""
+
+    def __init__(self, forward):
+        self.config, self.make_cache, self.forward = forward.config, forward.make_cache, forward
+        self.num = 0
+
+    def __call__(self, inputs, cache):
+        self.num += 1
+        return self.forward(inputs, cache)
+
+
 def test_measuring_stays_within_its_budget():
-    class Slow:
-        def __init__(self, forward):
-            self.config, self.make_cache, self.forward = forward.config, forward.make_cache, forward
-            self.num = 0
-
-        def __call__(self, inputs, cache):
-            self.num += 1
-            torch.randn(400, 400) @ torch.randn(400, 400)
-            return self.forward(inputs, cache)
-
-    slow = Slow(tiny_model(3).forward)
-    table = measure_cost(slow, budget_s=0.0)
+    table = measure_cost(Counted(tiny_model(3).forward), budget_s=0.0)
     assert table.num_inputs == (1,)
     assert table.causal(8) == pytest.approx(8 * table.causal_s[0])
+
+
+@pytest.mark.parametrize(("size_s", "times"), [(0.0, 3), (1e9, 7)])
+def test_forwards_that_take_long_are_measured_fewer_times(monkeypatch, size_s, times):
+    monkeypatch.setattr(cost, "SIZE_S", size_s)
+    counted = Counted(tiny_model(3).forward)
+    table = measure_cost(counted)
+    kinds = 1 if counted.config.mask_token_id is None else 2
+    assert counted.num == 1 + times * kinds * len(table.num_inputs)

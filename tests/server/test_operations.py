@@ -240,7 +240,9 @@ def test_what_happens_is_counted():
             assert line in text, line
 
 
-def test_logs_are_json_and_tell_no_text(capsys):
+@contextlib.contextmanager
+def logged():
+    """The server's logging as a process sets it up; afterwards as it was."""
     from trimode.server.logs import set_up_logging
 
     names = ("trimode", "uvicorn", "asyncio")
@@ -249,16 +251,20 @@ def test_logs_are_json_and_tell_no_text(capsys):
     ]
     set_up_logging("info")
     try:
-        with serving() as (url, _), httpx.Client(base_url=url, timeout=30) as http:
-            asked = [{"role": "user", "content": "My secret is xyzzy"}]
-            answer = http.post(CHAT, json={"messages": asked, "max_tokens": 4, "mode": "ar"})
-            http.post(CHAT, json={"messages": "xyzzy"})
-            http.get("/xyzzy")
+        yield
     finally:
         for name, (handlers, propagate, level) in zip(names, before, strict=True):
             logger = logging.getLogger(name)
             logger.handlers, logger.propagate = handlers, propagate
             logger.setLevel(level)
+
+
+def test_logs_are_json_and_tell_no_text(capsys):
+    with logged(), serving() as (url, _), httpx.Client(base_url=url, timeout=30) as http:
+        asked = [{"role": "user", "content": "My secret is xyzzy"}]
+        answer = http.post(CHAT, json={"messages": asked, "max_tokens": 4, "mode": "ar"})
+        http.post(CHAT, json={"messages": "xyzzy"})
+        http.get("/xyzzy")
     printed = capsys.readouterr().err
     lines = [json.loads(line) for line in printed.splitlines()]
     assert "xyzzy" not in printed
@@ -268,19 +274,18 @@ def test_logs_are_json_and_tell_no_text(capsys):
     assert first["id"] == answer.headers["x-request-id"]
 
 
-def test_a_chooser_decides_what_auto_is_and_the_reply_tells_it():
-    model_modes = ("ar", "diffusion")
-    seen = []
-
-    def choose(knobs, snapshot):
-        seen.append((knobs, snapshot.running))
-        return {"mode": model_modes[len(seen) - 1]}
-
-    with serving(choose=choose) as (url, _), httpx.Client(base_url=url, timeout=30) as http:
-        told = [http.post(CHAT, json={"messages": HELLO, "max_tokens": 4}).json()["usage"]["mode"] for _ in range(2)]
-        assert told == list(model_modes)
-        http.post(CHAT, json={"messages": HELLO, "max_tokens": 4, "mode": "self_spec"})
-        assert len(seen) == 2
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_stands_around_a_gap_is_counted_as_prompt_in_the_log_and_the_counters(capsys, stream):
+    gap = {"prompt": "The capital of", "suffix": " is Paris, and it is large.", "max_tokens": 4}
+    with logged(), serving() as (url, service), httpx.Client(base_url=url, timeout=30) as http:
+        http.post("/v1/completions", json={**gap, "stream": stream})
+        counters = http.get("/metrics").text
+        given = [service.encode_text(gap[name], add_special_tokens=False) for name in ("prompt", "suffix")]
+    line = next(line for line in map(json.loads, capsys.readouterr().err.splitlines()) if "completion_tokens" in line)
+    num_given = sum(map(len, given))
+    assert (line["prompt_tokens"], line["completion_tokens"]) == (num_given, 4)
+    assert 'trimode_tokens_total{mode="diffusion"} 4.0' in counters
+    assert f"trimode_prompt_tokens_total {num_given}.0" in counters
 
 
 def test_requests_while_stopping_are_told_so():

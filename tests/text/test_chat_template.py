@@ -172,6 +172,12 @@ def test_a_content_of_text_parts_is_joined():
         ([CHATS[0][0], {"content": "x"}], 'message 1 has no "role"'),
         ([CHATS[0][0], {"role": "user"}], 'message 1 has no "content"'),
         ([{"role": 3, "content": "x"}], "message 0: role must be a string; got int"),
+        (
+            [CHATS[0][0], {"role": "wizard", "content": "x"}],
+            "message 1: there is no role 'wizard'. Use one of system, dev",
+        ),
+        ([{"role": "asistant", "content": "x"}], "no role 'asistant'. Did you mean 'assistant'"),
+        ([{"role": "User", "content": "x"}], "no role 'User'. Did you mean 'user'"),
         ([{"role": "user", "content": None}], "message 0: content must be a string .* got NoneType"),
         ([{"role": "user", "content": {"type": "text", "text": "x"}}], "message 0: content must be .* got dict"),
         ([{"role": "user", "content": ["x"]}], "message 0: part 0 .* got 'str'"),

@@ -1,11 +1,13 @@
 """The recipes of the published sizes: each can be read, and says the memory that it needs."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
-from tests.worlds import tiny_config
+from trimode.checkpoint.presets import published_sizes
+from trimode.cli.app import run as program
 from trimode.model.config import ModelConfig
 from trimode.training.convert import make_objective
 from trimode.training.memory import num_trained, training_memory
@@ -15,20 +17,13 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 PUBLISHED = sorted((RECIPES / "nemotron-labs-diffusion").glob("*.toml"))
 
 
-def shape(width: int, mlp_width: int, num_layers: int) -> ModelConfig:
-    """A published size; the three differ in nothing else that costs memory."""
-    return tiny_config(
-        vocab_size=131_072,
-        width=width,
-        mlp_width=mlp_width,
-        num_layers=num_layers,
-        num_heads=32,
-        num_kv_heads=8,
-        head_size=128,
-    )
+def published(size: str) -> ModelConfig:
+    sizes = published_sizes(f"nvidia/Nemotron-Labs-Diffusion-{size.upper()}")
+    assert sizes is not None
+    return sizes
 
 
-SHAPES = {"3b": shape(3072, 9216, 26), "8b": shape(4096, 14336, 34), "14b": shape(5120, 16384, 40)}
+SHAPES = {size: published(size) for size in ("3b", "8b", "14b")}
 PARAMETERS = {"3b": 3_831_659_520, "8b": 8_489_553_920, "14b": 13_506_073_600}
 """As published."""
 
@@ -50,6 +45,22 @@ def test_a_recipe_says_the_memory_that_the_formula_gives(file):
     assert round(memory.total / 1e9) == int(stated[2])
     assert memory.total < 80e9, "one GPU of the common kind"
     assert f"ministral-3-{size}-" in recipe.base.lower()
+
+
+@pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.stem)
+def test_a_plan_needs_neither_a_folder_nor_the_base(file, monkeypatch, capsys):
+    def unreachable(*_):
+        raise AssertionError("a plan went looking for the base")
+
+    monkeypatch.setattr("trimode.checkpoint.open_checkpoint", unreachable)
+    assert program(["train", str(file), "--plan", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["memory_bytes"]
+    assert told["total"] == training_memory(SHAPES[file.stem.split("-")[0]], read_recipe(file)).total
+
+
+def test_training_without_a_folder_is_refused(capsys):
+    assert program(["train", str(PUBLISHED[0])]) == 2
+    assert "--output names the run's folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", SHAPES)

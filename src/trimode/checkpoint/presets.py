@@ -1,17 +1,19 @@
 """Checkpoints that go by a short name.
 
 A preset is a file that came with an installed Python package, what the file does not say about decoding in blocks, and the
-adapter that trimode brings for it.
+adapter that trimode brings for it. Of some models of the hub the sizes are known too, for plans that read nothing.
 """
 
 import importlib.util
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trimode.errors import CheckpointError, CheckpointNotFoundError
+from trimode.model.config import ModelConfig
 
-__all__ = ["PRESETS", "Preset", "find_preset_file", "preset_facts"]
+__all__ = ["PRESETS", "Preset", "find_preset_file", "preset_facts", "published_sizes"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,3 +72,32 @@ def preset_facts(name: str, metadata: dict[str, Any]) -> dict[str, Any]:
     if preset.mask_token not in tokens:
         raise CheckpointError(f"The file of the preset {name} has no token {preset.mask_token}. Is it another model's?")
     return {**preset.facts, "mask_token_id": tokens.index(preset.mask_token)}
+
+
+_PUBLISHED = re.compile(
+    r"(?:mistralai/Ministral-3-(3|8|14)B-(?:Base|Instruct|Reasoning)-2512(?:-BF16)?|nvidia/Nemotron-Labs-Diffusion-(3|8|14)B(?:-Base)?)"
+    r"(?:@.+)?"
+)
+_WIDTHS = {"3": (3072, 9216, 26), "8": (4096, 14336, 34), "14": (5120, 16384, 40)}
+"""Width, inner width and layers."""
+
+
+def published_sizes(name: str) -> ModelConfig | None:
+    """The sizes behind a hub id of Ministral 3 or Nemotron-Labs-Diffusion, and nothing but the sizes; None for others.
+
+    The head is counted apart from the embedding, as in Nemotron-Labs-Diffusion; a base that shares them needs a little less.
+    """
+    match = _PUBLISHED.fullmatch(name)
+    if match is None:
+        return None
+    width, mlp_width, num_layers = _WIDTHS[match[1] or match[2]]
+    return ModelConfig(
+        family="ministral3",
+        vocab_size=131_072,
+        width=width,
+        mlp_width=mlp_width,
+        num_layers=num_layers,
+        num_heads=32,
+        num_kv_heads=8,
+        head_size=128,
+    )

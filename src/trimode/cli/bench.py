@@ -74,7 +74,8 @@ def bench(
 ) -> None:
     """Measure speed, tokens per forward and acceptance of every mode.
 
-    Modes take turns prompt by prompt in one run, and the same engine's ar is the baseline. Warm-up never counts, prompt
+    Modes take turns prompt by prompt in one run, and the same engine's ar is the baseline: "times ar" is the median, over
+    requests, of a request's tokens a second over those of ar for the same prompt in the same round. Warm-up never counts, prompt
     tokens never count, and figures that contradict one another are refused. Ctrl-C keeps what was measured, marked as
     partial; the same command with --resume goes on.
     """

@@ -59,6 +59,9 @@ def distill(
     report["skipped"] += len(skipped)
     if json:
         screen.print_json(report)
+    elif report["answered_before"] and not report["answers"]:
+        rest = f"; {report['skipped']:,} skipped" if report["skipped"] else ""
+        screen.say(f"{report['answered_before']:,} prompts are answered already and none are left{rest}, in {output}")
     else:
         screen.say(
             f"{report['answers']:,} answers, {report['tokens']:,} tokens in {report['seconds']:.0f} s, "
@@ -110,4 +113,10 @@ def run(runner: Any, records: Any, output: Path, max_new_tokens: int, longest: i
             progress.update(task, completed=done, rate=f"{made['tokens'] / seconds:.0f} tokens/s")
     for line in bad:
         screen.say(f"skipped: {line}")
-    return {**made, "skipped": len(bad), "seconds": time.perf_counter() - start, "output": str(output)}
+    return {
+        **made,
+        "answered_before": len(records) - made["answers"] - len(bad),
+        "skipped": len(bad),
+        "seconds": time.perf_counter() - start,
+        "output": str(output),
+    }

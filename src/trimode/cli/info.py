@@ -35,24 +35,18 @@ def info(
 
 def engine_on_the_cpu(stored_dtype: str, kernels: list[str]) -> dict[str, Any]:
     """What `trimode.load` would run this checkpoint with on the CPU, and why."""
+    exact = stored_dtype if stored_dtype in ("float32", "bfloat16", "float16") else "float32"
     if not kernels:
-        plain = {"bfloat16": "bfloat16", "float16": "float16", "int8": "bfloat16"}
-        precision = plain.get(stored_dtype, "float32")
+        precision = "bfloat16" if stored_dtype == "int8" else exact
         return {"name": "torch", "kernels": None, "precision": precision, "why": f"no native engine: {NATIVE_MISSING}"}
-    if stored_dtype == "float16":
-        return {
-            "name": "torch",
-            "kernels": None,
-            "precision": "float16",
-            "why": "--quantize int8 takes the native engine.",
-        }
-    exact = stored_dtype == "float32"
-    why = (
-        "the checkpoint is in float32; --quantize int8 is faster."
-        if exact
-        else "--quantize none keeps its own numbers."
-    )
-    return {"name": "native", "kernels": kernels[0], "precision": "float32" if exact else "int8", "why": why}
+    if exact == "float16":
+        why = "--quantize int8 is faster, by the native engine."
+        return {"name": "torch", "kernels": None, "precision": "float16", "why": why}
+    if stored_dtype == "float32":
+        why = "--quantize int8 is faster and rounds the weights."
+        return {"name": "native", "kernels": kernels[0], "precision": "float32", "why": why}
+    why = f"--quantize none computes in {exact}: slower, and nothing is rounded to int8."
+    return {"name": "native", "kernels": kernels[0], "precision": "int8", "why": why}
 
 
 def verdict(needed: int, *, memory_bytes: int | None, available_bytes: int | None) -> str:

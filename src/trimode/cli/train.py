@@ -9,6 +9,7 @@ import typer
 
 from trimode.cli import screen
 from trimode.cli.options import Device, Threads, whole_number
+from trimode.errors import SettingError
 
 __all__ = ["run", "train"]
 
@@ -16,8 +17,9 @@ __all__ = ["run", "train"]
 def train(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file; recipes/ holds examples.")],
     output: Annotated[
-        str, typer.Option("--output", "-o", metavar="DIR", help="The run's folder; the same again continues.")
-    ],
+        str | None,
+        typer.Option("--output", "-o", metavar="DIR", help="The run's folder; the same again continues."),
+    ] = None,
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change a value, such as train.steps=100.")
     ] = None,
@@ -41,11 +43,12 @@ def train(
     if plan:
         from trimode.device import pick_device
 
-        checkpoint = _open_base(settings)
-        memory = _say_needs(settings, checkpoint, pick_device(device))
+        memory = _say_needs(settings, _sizes_of_base(settings), pick_device(device))
         if json:
             screen.print_json({"memory_bytes": memory})
         return
+    if output is None:
+        raise SettingError("--output names the run's folder. Give it, or --plan to start nothing.")
     summary = run(settings, Path(output), device, num_threads)
     if not screen.is_first_rank():
         return
@@ -81,14 +84,25 @@ def _open_base(recipe: Any) -> Any:
     return replace(checkpoint, config=replace(checkpoint.config, mask_token_id=mask))
 
 
-def _say_needs(recipe: Any, checkpoint: Any, target: Any) -> dict[str, int]:
+def _sizes_of_base(recipe: Any) -> Any:
+    """The base's config, without a network where its sizes are known."""
+    from trimode.checkpoint.presets import published_sizes
+
+    sizes = published_sizes(recipe.base)
+    if sizes is None:
+        return _open_base(recipe).config
+    screen.say(f"{recipe.base} was not read: sizes as published")
+    return sizes
+
+
+def _say_needs(recipe: Any, config: Any, target: Any) -> dict[str, int]:
     """What the run needs in memory, said before it starts; the bytes by name."""
     from dataclasses import asdict
 
     from trimode.device import total_memory
     from trimode.training.memory import training_memory
 
-    memory = training_memory(checkpoint.config, recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    memory = training_memory(config, recipe, int(os.environ.get("WORLD_SIZE", "1")))
     has = total_memory(target)
     screen.say(
         f"needs about {memory.total / 1e9:.2f} GB: weights {memory.weights / 1e9:.2f}, gradients "
@@ -149,7 +163,7 @@ def _run(recipe: Any, output: Path, target: Any, checkpoint: Any) -> dict[str, A
     run_directory = RunDirectory(output, identity=recipe.identity())
     data, held = _documents(recipe, checkpoint)
     if screen.is_first_rank():
-        _say_needs(recipe, checkpoint, target)
+        _say_needs(recipe, checkpoint.config, target)
     full = recipe.weights == "full"
     dtype = torch.float32 if full else convert.DTYPES[recipe.dtype]
     transformer = Transformer(checkpoint.config, dtype=dtype)

@@ -1,7 +1,7 @@
 """One generation with what is known of its text and time: ids become text as they become final, and stop strings end it."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from trimode.decoding.interface import Generation
@@ -62,6 +62,8 @@ class Answer:
     mode: str
     text: AnswerText
     notice: str | None
+    spans: Sequence[range] | None = None
+    """Of a text to fill in: the places that are missing."""
     start: float = field(default_factory=time.perf_counter)
     """When the request came, by the performance counter."""
     first_token_s: float | None = None
@@ -83,7 +85,7 @@ class Answer:
         """What is new since the last call; with `name_token` the tentative block too, token by token."""
         g = self.generation
         text = self.text.take()
-        new = g.new_tokens[self._num_sent :]
+        new = g.final[len(g.prompt) + self._num_sent :]
         self._num_sent += len(new)
         if text or new:
             told = tuple(g.logprobs[self._num_sent - len(new) : self._num_sent])
@@ -101,4 +103,5 @@ class Answer:
             seconds=self.seconds or 0.0,
             first=self.first_token_s,
             notice=self.notice,
+            spans=self.spans,
         )

@@ -1,6 +1,6 @@
 """What a forward costs on this machine, measured; and what follows from it for `auto`.
 
-A table of seconds by number of inputs, with and without the adapter, is measured once (under ten seconds) and kept in a file that knows
+A table of seconds by number of inputs, with and without the adapter, is measured once (a second or two) and kept in a file that knows
 the machine and the model. The expected tokens a second of each way to go on then follow from the table and from the drafts that were
 accepted so far.
 """
@@ -8,9 +8,8 @@ accepted so far.
 import hashlib
 import json
 import os
-import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -18,18 +17,22 @@ from weakref import WeakKeyDictionary
 
 from trimode.decoding.auto import LARGEST_STEP
 from trimode.decoding.interface import Choice, Generation
+from trimode.device import processor
 from trimode.model.attention import Span
 from trimode.model.config import ModelConfig
 from trimode.model.forward import Cache, Forward, Inputs
 from trimode.model.views import BlockOverCausal, Causal, View
 
-__all__ = ["Acceptance", "CostTable", "MeasuredChooser", "cost_table", "measure_cost"]
+__all__ = ["Acceptance", "CostTable", "MeasuredChooser", "cost_table", "kept_table", "measure_cost"]
 
 NUM_INPUTS = (1, 2, 4, 8, 16, 32, 64, 128)
 CONTEXT = 128
 """Cached positions in front of what is measured."""
 BUDGET_S = 8.0
 """Measuring stops here; more inputs are then extrapolated."""
+REPEATS = range(3, 8)
+"""How often each size is measured: as often as fits into `SIZE_S` seconds. Short forwards are the noisier ones."""
+SIZE_S = 0.1
 LENGTHS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
 """Block lengths that are considered."""
 ENOUGH = 1.08
@@ -82,7 +85,9 @@ def measure_cost(forward: Forward, *, budget_s: float = BUDGET_S) -> CostTable:
     for num in sizes:
         each: tuple[list[float], list[float]] = ([], [])
         before = time.perf_counter()
-        for _ in range(7):
+        for repeat in range(REPEATS.stop - 1):
+            if repeat >= REPEATS.start and time.perf_counter() - before > SIZE_S:
+                break
             each[0].append(_run(forward, cache, context, [1 % config.vocab_size] * num, Causal(), ()))
             if mask is not None:
                 tokens = [1 % config.vocab_size] + [mask] * (num - 1)
@@ -122,25 +127,36 @@ def _rising(seconds: Sequence[float]) -> tuple[float, ...]:
 
 def cost_table(forward: Forward, *, folder: Path | None = None) -> CostTable:
     """The kept table of this machine and model, or a new one. A file that cannot be read or written is done without."""
-    folder = folder or Path.home() / ".cache" / "trimode"
+    table = kept_table(forward, folder=folder)
+    if table is None:
+        table = measure_cost(forward)
+        identity = _identity(forward)
+        path = _path(identity, folder)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draft = path.with_suffix(f".{os.getpid()}")
+            draft.write_text(json.dumps({"identity": identity, "table": asdict(table)}), encoding="utf-8")
+            draft.replace(path)
+        except OSError:
+            pass  # a home that cannot be written: measured again next time
+    return table
+
+
+def kept_table(forward: Forward, *, folder: Path | None = None) -> CostTable | None:
+    """The table that was measured for this machine and model, if it was."""
     identity = _identity(forward)
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    path = folder / f"cost-{key}.json"
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = json.loads(_path(identity, folder).read_text(encoding="utf-8"))
         if kept["identity"] == identity:
             return CostTable(**{name: tuple(values) for name, values in kept["table"].items()})
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # none yet, another machine's, or cut off: measured anew below
-    table = measure_cost(forward)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(f".{os.getpid()}")
-        draft.write_text(json.dumps({"identity": identity, "table": asdict(table)}), encoding="utf-8")
-        draft.replace(path)
-    except OSError:
-        pass  # a home that cannot be written: measured again next time
-    return table
+        pass  # none yet, another machine's, or cut off: to be measured anew
+    return None
+
+
+def _path(identity: dict[str, object], folder: Path | None) -> Path:
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    return (folder or Path.home() / ".cache" / "trimode") / f"cost-{key}.json"
 
 
 def _identity(forward: Forward) -> dict[str, object]:
@@ -148,21 +164,12 @@ def _identity(forward: Forward) -> dict[str, object]:
     config: ModelConfig = forward.config
     return {
         "version": 1,
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "device": str(forward.device),
         "engine": forward.describe(),
         "shape": [config.width, config.mlp_width, config.num_layers, config.vocab_size, config.num_kv_heads],
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 class Acceptance:
@@ -198,19 +205,31 @@ class Acceptance:
 class MeasuredChooser:
     """The way that promises most tokens a second."""
 
-    def __init__(self, table: CostTable, *, has_adapter: bool, first_is_exact: bool) -> None:
-        self._table = table
-        self._draft = table.drafting if has_adapter else table.causal
+    def __init__(self, table: CostTable | Callable[[], CostTable], *, has_adapter: bool, first_is_exact: bool) -> None:
+        """table: or what measures it, which nobody's first token waits for."""
+        self._known_table = table if isinstance(table, CostTable) else None
+        self._measure = table
+        self._has_adapter = has_adapter
         self._first_is_exact = first_is_exact
         self._all = Acceptance()
         self._each: WeakKeyDictionary[Generation, Acceptance] = WeakKeyDictionary()
         self._last: WeakKeyDictionary[Generation, tuple[tuple[int, int, bool], Choice]] = WeakKeyDictionary()
         """What was chosen for each, and what that hung on: most rounds bring nothing new."""
 
+    @property
+    def table(self) -> CostTable:
+        """What forwards cost; measured now, if it was not yet."""
+        if self._known_table is None:
+            assert callable(self._measure)
+            self._known_table = self._measure()
+        return self._known_table
+
     def choose(self, g: Generation, num_sharing: int) -> Choice:
         if g.settings.temperature > 0 and g.settings.seed is not None:
             # what others do, and what was learnt before, must not reach into a seeded answer
             return self._best(Acceptance(), None, 1, probe=False)
+        if self._known_table is None and g.num_new == 0:
+            return Choice("ar")
         own = self._each.setdefault(g, Acceptance())
         probe = g.choices.get("ar", 0) % PROBE_EVERY == PROBE_EVERY - 1
         key = (own.num_notes, num_sharing, probe)
@@ -226,7 +245,9 @@ class MeasuredChooser:
     def speeds(self, own: Acceptance, shared: Acceptance | None, num_sharing: int) -> dict[Choice, float]:
         """Expected tokens a second of one generation, by choice."""
         n = num_sharing
-        found = {Choice("ar"): 1.0 / self._table.causal(n)}
+        table = self.table
+        draft = table.drafting if self._has_adapter else table.causal
+        found = {Choice("ar"): 1.0 / table.causal(n)}
         accepted, chance = 0.0, 1.0
         known = 0
         exact = self._first_is_exact
@@ -235,13 +256,13 @@ class MeasuredChooser:
                 chance *= own.rate(known, None if shared is None else shared.rate(known))
                 accepted += chance
                 known += 1
-            if length * n > self._table.num_inputs[-1] * 2:
+            if length * n > table.num_inputs[-1] * 2:
                 break
             emitted = 1.0 + exact + accepted
-            found[Choice("linear", length)] = emitted / (self._draft(n * length) + self._table.causal(n * length))
+            found[Choice("linear", length)] = emitted / (draft(n * length) + table.causal(n * length))
             width = length * (length if exact else length + 1)
             if width <= LARGEST_STEP:
-                found[Choice("quadratic", length)] = (1.0 + accepted) / self._draft(n * width)
+                found[Choice("quadratic", length)] = (1.0 + accepted) / draft(n * width)
         return found
 
     def _best(self, own: Acceptance, shared: Acceptance | None, num_sharing: int, *, probe: bool) -> Choice:

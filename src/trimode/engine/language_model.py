@@ -24,9 +24,9 @@ from trimode.decoding.settings import Settings, check_for_mode, check_with_const
 from trimode.decoding.trace import traced
 from trimode.device import check_memory, pick_device, pick_dtype, set_threads
 from trimode.engine.answer import Answer, AnswerText
-from trimode.engine.cost import MeasuredChooser, cost_table
+from trimode.engine.cost import MeasuredChooser, cost_table, kept_table
 from trimode.engine.prompts import check_ids, encode_prompt, is_batch
-from trimode.engine.request import Generated, Infilled, Request, Stats, StreamEvent
+from trimode.engine.request import Generated, Infilled, Request, StreamEvent
 from trimode.engine.runner import Runner
 from trimode.errors import (
     CheckpointError,
@@ -423,15 +423,24 @@ class LanguageModel:
         )
         return Answer(generation, mode, AnswerText(self.tokenizer, generation), self.notice(mode))
 
+    def measure(self) -> None:
+        """Measure now what forwards cost, if `auto` needs it and this machine has not measured it for this model. Otherwise that
+        happens behind the first token of an answer."""
+        settings, mode = self._settings({"mode": "auto"})
+        if settings.mode == "auto" and mode == "self_spec" and self._checkpoint is not None:
+            cost_table(self.forward)
+
     def _auto(self) -> Decoder | None:
         """The decoder that chooses by measured cost; None where nothing was loaded that costs could be kept of."""
         if self._checkpoint is None:
             return None
         if "auto" not in self._decoders:
             traits = self._traits(Settings())
-            table = cost_table(self.forward)
+            forward = self.forward
             chooser = MeasuredChooser(
-                table, has_adapter=traits.adapter_on_draft != "none", first_is_exact=traits.first_is_exact
+                kept_table(forward) or (lambda: cost_table(forward)),
+                has_adapter=traits.adapter_on_draft != "none",
+                first_is_exact=traits.first_is_exact,
             )
             self._decoders["auto"] = Auto(chooser)
         return self._decoders["auto"]
@@ -571,7 +580,7 @@ class LanguageModel:
                 f"Text and spans have {len(ids):,} tokens; the context holds {self.config.max_positions:,}. Shorten them."
             )
         answer = self._begin(tuple(prompt), settings, "diffusion", self._decoders["infill"])
-        answer.generation.canvas = list(canvas)
+        answer.generation.canvas, answer.spans = list(canvas), spans
         return answer, spans
 
     def _masked_ids(
@@ -634,7 +643,7 @@ class LanguageModel:
         """The filled text; `spans` as `open_infill` gave them."""
         whole = answer.generation.final
         runs = [[whole[i] for i in span] for span in spans]
-        stats = self._filled_stats(answer, sum(map(len, runs)), len(whole))
+        stats = answer.stats()
         if self.tokenizer is None:
             return Infilled(text="", spans=[], token_ids=whole, stats=stats)
         return Infilled(
@@ -642,18 +651,6 @@ class LanguageModel:
             spans=[self.tokenizer.decode(run) for run in runs],
             token_ids=whole,
             stats=stats,
-        )
-
-    def _filled_stats(self, answer: Answer, num_filled: int, num_all: int) -> Stats:
-        """Costs of filling in: what was given never counts as output."""
-        stats = answer.stats()
-        return replace(
-            stats,
-            tokens=num_filled,
-            prompt_tokens=num_all - num_filled,
-            decode_tpf=num_filled / max(stats.nfe_decode, 1),
-            e2e_tpf=num_filled / max(stats.nfe_prefill + stats.nfe_decode, 1),
-            tokens_per_second=num_filled / stats.seconds if stats.seconds > 0 else 0.0,
         )
 
     # ---- looking at the model ---------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """What goes into the engine and what comes out: requests, answers, their costs, and stream events."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -102,13 +102,25 @@ class StreamEvent:
     """With `finish`: the whole answer."""
 
 
-def make_stats(generation: Generation, mode: str, *, seconds: float, first: float | None, notice: str | None) -> Stats:
-    """A finished (or stopped) generation's costs."""
+def make_stats(
+    generation: Generation,
+    mode: str,
+    *,
+    seconds: float,
+    first: float | None,
+    notice: str | None,
+    spans: Sequence[range] | None = None,
+) -> Stats:
+    """A finished (or stopped) generation's costs. spans: of a text to fill in; what was given never counts as output."""
     tally = generation.tally
-    tokens = generation.num_new
+    tokens, prompt_tokens = generation.num_new, len(generation.prompt)
+    if spans is not None:
+        num_final = len(generation.final)
+        tokens = sum(max(0, min(num_final, span.stop) - span.start) for span in spans)
+        prompt_tokens += generation.settings.max_new_tokens - sum(map(len, spans))
     return Stats(
         mode=mode,
-        prompt_tokens=len(generation.prompt),
+        prompt_tokens=prompt_tokens,
         tokens=tokens,
         nfe_prefill=tally.nfe_prefill,
         nfe_decode=tally.nfe_decode,

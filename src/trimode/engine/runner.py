@@ -6,6 +6,8 @@ after it for checkpoints that were trained with a shift.
 
 from collections.abc import Sequence
 
+import torch
+
 from trimode.decoding.interface import Generation, Predictions, Rows, Step
 from trimode.model.attention import Span
 from trimode.model.forward import Cache, Forward, Inputs
@@ -21,6 +23,8 @@ class Runner:
         self._cache = cache
         self._slots: dict[int, int] = {}
         self._shifted = forward.config.block_predicts == "next"
+        logits = torch.empty(0, forward.config.vocab_size, dtype=forward.dtype, device=forward.device)
+        self._no_rows = Rows(logits, (), torch.empty(0, device=forward.device))
 
     def seat(self, generations: Sequence[Generation]) -> None:
         """Give each generation its slot of the cache."""
@@ -51,18 +55,23 @@ class Runner:
             asked.extend(start + self._row_at(step, i) for i in step.at)
         inputs = Inputs(tokens=tokens, positions=positions, spans=spans, adapted=adapted, asked=asked)
         rows = Rows(*self._forward(inputs, self._cache).answers(0, len(asked)))
-        return _hand_out(rows, steps)
+        return self._hand_out(rows, len(asked), steps)
 
     def _row_at(self, step: Step, index: int) -> int:
         return step.view.predecessor(index) if self._shifted else index
 
+    def _hand_out(self, rows: Rows, num_rows: int, steps: Sequence[Step]) -> list[Predictions]:
+        def part(start: int, stop: int) -> Rows:
+            # slices of tensors are what a step of one token would spend most of its time on here
+            if start == stop:
+                return self._no_rows
+            return rows if stop - start == num_rows else rows[start:stop]
 
-def _hand_out(rows: Rows, steps: Sequence[Step]) -> list[Predictions]:
-    predictions = []
-    start = 0
-    for step in steps:
-        middle = start + len(step.after)
-        end = middle + len(step.at)
-        predictions.append(Predictions(after=rows[start:middle], at=rows[middle:end]))
-        start = end
-    return predictions
+        predictions = []
+        start = 0
+        for step in steps:
+            middle = start + len(step.after)
+            end = middle + len(step.at)
+            predictions.append(Predictions(after=part(start, middle), at=part(middle, end)))
+            start = end
+        return predictions

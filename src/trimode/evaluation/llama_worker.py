@@ -8,8 +8,9 @@ import os
 import sys
 import time
 from contextlib import closing
-from pathlib import Path
 from typing import Any
+
+from trimode.device import resident_memory
 
 __all__ = ["serve"]
 
@@ -31,7 +32,7 @@ def serve(about: dict[str, Any]) -> None:
             return parameters
 
         raw.llama_model_default_params = without_extra_buffers
-    before = _resident_bytes()
+    before = resident_memory() or 0
     model: Any = Llama(
         model_path=about["path"],
         n_ctx=about["context"],
@@ -46,7 +47,7 @@ def serve(about: dict[str, Any]) -> None:
         channel.write(json.dumps(record) + "\n")
         channel.flush()
 
-    say({"version": __version__, "resident_bytes": _resident_bytes() - before})
+    say({"version": __version__, "resident_bytes": (resident_memory() or 0) - before})
     for line in sys.stdin:
         asked = json.loads(line)
         say(_answer(model, asked["ids"], asked["most"], set(asked["ends"])))
@@ -65,12 +66,6 @@ def _answer(model: Any, ids: list[int], most: int, ends: set[int]) -> dict[str, 
             if token in ends or len(new) == most:
                 break
     return {"ids": new, "seconds": time.perf_counter() - start, "first": first}
-
-
-def _resident_bytes() -> int:
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.is_file() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS")), 0)
 
 
 if __name__ == "__main__":

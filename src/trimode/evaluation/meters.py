@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import trimode
+from trimode.device import forget_peak, peak_memory, pick_device, processor, resident_memory
 
 __all__ = ["Meters", "machine", "num_threads", "resident_bytes"]
 
 RAPL = Path("/sys/class/powercap")
-STATUS, PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 PEERS = ("transformers", "llama-cpp-python")
 
 
@@ -33,13 +33,13 @@ class Meters:
 
     def begin(self) -> None:
         """A request starts."""
-        _forget_peak()
+        forget_peak(pick_device(None))
         self._memory_before = resident_bytes()
         self._energy_before = self._energy()
 
     def end(self) -> tuple[int | None, float | None]:
         """Bytes that memory rose by at most, and joules, since `begin`."""
-        energy, peak = self._energy(), _peak_bytes()
+        energy, peak = self._energy(), peak_memory(pick_device(None))
         rise = None if peak is None or self._memory_before is None else max(0, peak - self._memory_before)
         # the counter wraps around now and then: such a request has no figure
         sound = energy is not None and self._energy_before is not None and energy >= self._energy_before
@@ -81,35 +81,7 @@ def _nvml() -> Any:
 
 def resident_bytes() -> int | None:
     """Memory in use now: the GPU's allocations where there is one, otherwise this process's resident memory."""
-    import torch
-
-    return torch.cuda.memory_allocated() if torch.cuda.is_available() else _status("VmRSS")
-
-
-def _peak_bytes() -> int | None:
-    import torch
-
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
-
-
-def _forget_peak() -> None:
-    """Start the peak of memory anew, where the system lets us."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return
-    try:
-        PEAK.write_text("5")
-    except OSError:  # not Linux, or not allowed: the peak is then that of the whole process
-        return
-
-
-def _status(key: str) -> int | None:
-    if not STATUS.is_file():
-        return None
-    line = next((line for line in STATUS.read_text().splitlines() if line.startswith(key)), None)
-    return None if line is None else int(line.split()[1]) * 1024
+    return resident_memory(pick_device(None))
 
 
 def machine(model: Any = None) -> dict[str, Any]:
@@ -126,7 +98,7 @@ def machine(model: Any = None) -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     hardware = {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": num_threads(model),
         "kernels": getattr(getattr(model, "forward", None), "kernels", "torch"),
@@ -143,15 +115,6 @@ def num_threads(model: Any = None) -> int:
     import torch
 
     return getattr(getattr(model, "forward", None), "threads", None) or torch.get_num_threads()
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:

@@ -216,13 +216,13 @@ async def _answered(
 
 def _over(service: Service, request: Request, client: str, call: Call, whole: bool) -> None:
     service.release(call, client)
-    generations = [entry.generation for entry in call.entries]
+    stats = [entry.answer.stats() for entry in call.entries]
     request.state.facts.update(
-        mode=call.entries[0].answer.stats().mode,
-        prompt_tokens=len(generations[0].prompt),
-        completion_tokens=sum(g.num_new for g in generations),
+        mode=stats[0].mode,
+        prompt_tokens=stats[0].prompt_tokens,
+        completion_tokens=sum(s.tokens for s in stats),
         first_token_s=_rounded(call.entries[0].answer.first_token_s),
-        finish=generations[0].finish_reason if whole else "client gone",
+        finish=call.entries[0].generation.finish_reason if whole else "client gone",
     )
 
 

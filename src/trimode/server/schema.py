@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trimode.errors import nearest
 from trimode.server.faults import ApiError
+from trimode.text.chat_template import Role
 
 __all__ = [
     "ChatRequest",
@@ -156,7 +157,7 @@ class TextPart(_Strict):
 class Message(_Strict):
     """One turn of a chat."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Role
     content: str | list[TextPart] | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None

@@ -14,7 +14,7 @@ from typing import Any
 
 from trimode.decoding.settings import MOST_LOGPROBS
 from trimode.engine.answer import Answer
-from trimode.engine.engine import Engine, EngineLimits, Entry, Snapshot
+from trimode.engine.engine import Engine, EngineLimits, Entry
 from trimode.engine.language_model import LanguageModel
 from trimode.engine.request import StreamEvent
 from trimode.engine.worker import Worker
@@ -27,11 +27,7 @@ from trimode.server.schema import KNOBS, ChatRequest, CompletionRequest, Generat
 from trimode.server.tools import ToolUse, as_plain_messages, read_tools
 from trimode.text.grammar import Grammar
 
-__all__ = ["Asked", "Call", "Chooser", "Service"]
-
-Chooser = Callable[[Mapping[str, Any], Snapshot], Mapping[str, Any]]
-"""What `auto` stands for: from the knobs that a request gives and the engine's load, the knobs to add (`mode`, `block_length`, ...).
-It must not choose a mode in which a given knob has no effect."""
+__all__ = ["Asked", "Call", "Service"]
 
 COMPLETION_TOKENS = 16
 """OpenAI's default for completions."""
@@ -87,7 +83,6 @@ class Service:
         engine_limits: EngineLimits | None = None,
         limits: ServerLimits | None = None,
         keys: ApiKeys | None = None,
-        choose: Chooser | None = None,
     ) -> None:
         self.model = model
         self.name = name or model.name
@@ -97,7 +92,6 @@ class Service:
         self.worker = Worker(Engine(model, engine_limits))
         self.metrics = Metrics(lambda: self.worker.snapshot)
         self.is_draining = False
-        self._choose = choose
         self._calls: set[Call] = set()
         self._calls_of: Counter[str] = Counter()
         self._usual_s = 1.0
@@ -106,7 +100,7 @@ class Service:
 
     def start(self) -> None:
         """Begin to serve; what forwards cost is measured first, if `auto` needs it, so that no client waits for that."""
-        self.model.open_answer([self.model.config.bos_token_id or 0], {"mode": "auto", "max_new_tokens": 1})
+        self.model.measure()
         self.worker.start()
 
     def stop(self) -> None:
@@ -291,16 +285,11 @@ class Service:
             else:
                 length = self._checked_length(limit)
             for i in range(num):
-                own = {**self._chosen(knobs), "max_new_tokens": length}
+                own = {**knobs, "max_new_tokens": length}
                 if i and isinstance(knobs.get("seed"), int):
                     own["seed"] = knobs["seed"] + i
                 answers.append(self.model.open_answer(ids, own, grammar=grammar))
         return answers
-
-    def _chosen(self, knobs: dict[str, Any]) -> dict[str, Any]:
-        if self._choose is None or knobs.get("mode", "auto") != "auto":
-            return knobs
-        return {**knobs, **self._choose(knobs, self.worker.snapshot)}
 
     def _num_choices(self, n: int | None, num_prompts: int) -> int:
         num = 1 if n is None else n

@@ -11,15 +11,17 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from trimode.errors import ChatTemplateError, PromptError
+from trimode.errors import ChatTemplateError, PromptError, nearest
 
 if TYPE_CHECKING:
     import jinja2
 
-__all__ = ["render_chat", "validate_messages"]
+__all__ = ["Role", "render_chat", "validate_messages"]
 
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+"""Who may speak in a chat. Most templates would print any other word as if somebody of that name had spoken."""
 _LONGEST_ERROR = 300
 """Characters of a template's own complaint that are passed on."""
 
@@ -54,7 +56,7 @@ def render_chat(
 
 
 def validate_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The messages as plain dicts, each with a string `role` and a string `content`; other keys are kept.
+    """The messages as plain dicts, each with a known `role` and a string `content`; other keys are kept.
 
     A content given as parts, `[{"type": "text", "text": ...}, ...]`, is joined. The caller's messages stay as they are.
 
@@ -78,6 +80,10 @@ def _validate_message(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
             raise PromptError(f'{where} has no "{key}". Every message needs a role and a content.')
     if not isinstance(message["role"], str):
         raise PromptError(f"{where}: role must be a string; got {type(message['role']).__name__}.")
+    if message["role"] not in get_args(Role):
+        role = str(message["role"])
+        hint = nearest(role, get_args(Role)) or f" Use one of {', '.join(get_args(Role))}."
+        raise PromptError(f"{where}: there is no role {role!r}.{hint}")
     plain = {
         str(key): _plain(value, f"{where}: {key}") for key, value in message.items() if key not in ("role", "content")
     }

@@ -24,16 +24,13 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True):
-        self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._pieces = _BytePieces(tokenizer) if tokenizer.is_byte_level else _WindowPieces(tokenizer)
 
     def push(self, token_id: int) -> str:
         """The text that this token makes certain; never half a character, often empty."""
         # Left out before anything else, as decode does: a skipped token is no neighbour of its neighbours.
-        if token_id in self._skipped or self._tokenizer.id_to_token(token_id) is None:
-            return ""
-        return self._pieces.push(token_id)
+        return "" if token_id in self._skipped else self._pieces.push(token_id)
 
     def finish(self) -> str:
         """The text that was held back: an unfinished character shows as U+FFFD. Call it once, after the last push."""
@@ -69,6 +66,8 @@ class _WindowPieces:
         self._waiting: list[int] = []
 
     def push(self, token_id: int) -> str:
+        if self._tokenizer.id_to_token(token_id) is None:  # decode prints nothing for it either
+            return ""
         self._waiting.append(token_id)
         # A run of byte tokens is read as a whole: one broken byte at its end turns all of it to U+FFFD, complete
         # characters too. So nothing of it is certain before another token closes it.

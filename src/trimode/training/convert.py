@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from trimode.checkpoint import Checkpoint, save_checkpoint
 from trimode.checkpoint.adapter_files import open_adapter, save_adapter
+from trimode.checkpoint.stored import listed
 from trimode.diffusion.corruption import SampleNoise
 from trimode.errors import DataError, MissingMaskTokenError, TrainingError
 from trimode.model.config import ModelConfig
@@ -40,6 +41,8 @@ __all__ = [
 ]
 
 _UNUSED = re.compile(r"mask|unused|reserved|placeholder|extra_id|SPECIAL_\d", re.IGNORECASE)
+_NEVER_SEEN = ("<jupyter_script>",)
+"""Control tokens for code that chat models of the vocabulary never read: in SmolLM2 it still has the embedding that it began with."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 HELD_OUT_DOCUMENTS_PER_FORWARD = 8
 
@@ -217,16 +220,24 @@ def choose_mask(config: ModelConfig, tokenizer: Tokenizer | None, wanted: str | 
         return token
     if config.mask_token_id is not None:
         return config.mask_token_id
+    candidates: list[str] = []
     if tokenizer is not None:
         free = sorted(tokenizer.special_ids - {config.bos_token_id, *config.eos_token_ids})
-        unused = [i for i in free if _UNUSED.search(tokenizer.id_to_token(i) or "")]
+        names = {i: tokenizer.id_to_token(i) or "" for i in free}
+        unused = [i for i in free if _UNUSED.search(names[i])]
         if unused:
             return unused[-1]
         # rows of the embedding that fill it up to a round number
         if tokenizer.id_to_token(config.vocab_size - 1) is None:
             return config.vocab_size - 1
+        if never_seen := [i for i in free if names[i] in _NEVER_SEEN]:
+            return never_seen[0]
+        spoken = set(tokenizer.special_tokens.values())
+        candidates = [n for n in names.values() if n not in spoken and n not in (tokenizer.chat_template or "")]
+    such = f", such as {listed([repr(n) for n in candidates])}" if candidates else ""
     raise MissingMaskTokenError(
-        "The vocabulary has no room for a mask: no reserved token and no spare row. Name a token that no text holds by --mask-token."
+        "The vocabulary has no room for a mask: no reserved token and no spare row. "
+        f"Name a token that no text holds by --mask-token{such}."
     )
 
 

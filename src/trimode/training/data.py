@@ -20,6 +20,10 @@ __all__ = ["Document", "Mixture", "TokenBatch", "make_documents", "pack", "read_
 SHORTEST_ANSWER = 3
 """Fewest tokens of a document that may be learnt: an anchor's successor, and one behind it to draft."""
 
+REMEDY = (
+    """Mend it, or leave bad lines out: --bad-lines skip (trimode distill), data.bad_lines = "skip" (recipes, --set)."""
+)
+
 Skip = Callable[[str], None]
 """Told about each line that is left out."""
 
@@ -46,7 +50,7 @@ def read_records(path: Path, *, skip: Skip | None = None) -> Iterator[tuple[int,
                 if fault is None:
                     yield number, record
                 elif skip is None:
-                    raise DataError(f"Line {number} of {path}: {fault}. Mend it, or have bad lines skipped.")
+                    raise DataError(f"Line {number} of {path}: {fault}. {REMEDY}")
                 else:
                     skip(f"line {number} of {path}: {fault}")
     except (OSError, EOFError) as error:
@@ -63,9 +67,7 @@ def read_prompts(path: Path, *, limit: int | None = None, skip: Skip | None = No
         if (isinstance(prompt, str) and prompt.strip()) or (isinstance(messages, list) and messages):
             records.append((number, record))
         elif skip is None:
-            raise DataError(
-                f"Line {number} of {path}: it has no prompt (a text) and no messages. Mend it, or have bad lines skipped."
-            )
+            raise DataError(f"Line {number} of {path}: it has no prompt (a text) and no messages. {REMEDY}")
         else:
             skip(f"line {number} of {path}: it has no prompt and no messages")
     if not records:
@@ -183,7 +185,7 @@ def make_documents(
         except TrimodeError as error:
             fault = f"line {number} of {where}: {error}"
             if skip is None:
-                raise DataError(f"L{fault[1:]} Mend it, or have bad lines skipped.") from None
+                raise DataError(f"L{fault[1:]} {REMEDY}") from None
             skip(fault)
             continue
         documents.append(document)

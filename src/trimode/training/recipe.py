@@ -138,7 +138,10 @@ def make_recipe(raw: dict[str, Any], directory: Path, changes: Sequence[str] = (
     """A recipe from its tables, paths relative to `directory`."""
     for change in changes:
         _apply(raw, change)
-    recipe = _build(Recipe, raw, "")
+    missing: list[str] = []
+    recipe = _build(Recipe, raw, "", missing)
+    if missing:
+        raise SettingError(f"The recipe lacks {', '.join(missing)}. Add what is missing; recipes/ holds examples.")
     for name, objectives in _TABLES.items():
         if name in raw and recipe.objective not in objectives:
             raise SettingError(f"[{name}] has no effect with objective = {recipe.objective!r}. Leave it out.")
@@ -198,8 +201,8 @@ def _apply(raw: dict[str, Any], change: str) -> None:
     at[key] = value
 
 
-def _build(kind: Any, raw: Any, where: str) -> Any:
-    """`raw` as the dataclass `kind`."""
+def _build(kind: Any, raw: Any, where: str, missing: list[str]) -> Any:
+    """`raw` as the dataclass `kind`. What it must have and has not is added to `missing`, and then nothing is built."""
     if not isinstance(raw, Mapping):
         raise SettingError(f"{where or 'The recipe'} must be a table; got {raw!r}.")
     known = {f.name: f for f in fields(kind)}
@@ -211,27 +214,31 @@ def _build(kind: Any, raw: Any, where: str) -> Any:
     for name, f in known.items():
         label = f"{where}.{name}".lstrip(".")
         if name in raw:
-            values[name] = _value(hints[name], raw[name], label)
+            values[name] = _value(hints[name], raw[name], label, missing)
         elif f.default is MISSING and f.default_factory is MISSING:
-            raise SettingError(f"The recipe lacks {label!r}.")
-    return kind(**values)
+            num_before = len(missing)
+            if is_dataclass(hints[name]):
+                _build(hints[name], {}, label, missing)
+            if len(missing) == num_before:
+                missing.append(label)
+    return None if missing else kind(**values)
 
 
-def _value(kind: Any, raw: Any, label: str) -> Any:
+def _value(kind: Any, raw: Any, label: str, missing: list[str]) -> Any:
     origin = get_origin(kind)
     if is_dataclass(kind):
-        return _build(kind, raw, label)
+        return _build(kind, raw, label, missing)
     if origin is Literal:
         if raw not in get_args(kind):
             raise SettingError(f"{label} must be one of {', '.join(map(str, get_args(kind)))}; got {raw!r}.")
         return raw
     if origin in (Union, types.UnionType):
-        return _value(next(a for a in get_args(kind) if a is not type(None)), raw, label)
+        return _value(next(a for a in get_args(kind) if a is not type(None)), raw, label, missing)
     if origin is tuple:
         inner = get_args(kind)
         if not isinstance(raw, list):
             raise SettingError(f"{label} must be a list; got {raw!r}.")
-        return tuple(_value(inner[0], item, f"{label}[{i}]") for i, item in enumerate(raw))
+        return tuple(_value(inner[0], item, f"{label}[{i}]", missing) for i, item in enumerate(raw))
     if kind is float and type(raw) in (int, float):
         return float(raw)
     if type(raw) is not kind:

@@ -114,8 +114,6 @@ def demo_table(runs: Sequence[Mapping[str, Any]]) -> Table:
 
 def bench_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """One row a setting of a benchmark: medians, and the quartiles of the speed. It fits 80 columns."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True, header_style="bold")
-    table.add_column("setting", vertical="bottom", overflow="fold")
     names = (
         "tokens/s",
         "quartiles",
@@ -125,15 +123,13 @@ def bench_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         "first\ntoken",
         "equal\nto ar",
     )
-    for name in names:
-        table.add_column(name, justify="right", vertical="bottom", no_wrap=True)
+    table = _setting_table(names)
     for row in rows:
-        speed, tpf, rounds = row["tokens_per_second"], row["decode_tpf"], row["acceptance_length"]
+        tpf, rounds = row["decode_tpf"], row["acceptance_length"]
         first, agreement = row["first_token_seconds"], row["agreement_with_ar"]
         table.add_row(
             row["label"],
-            f"{speed['median']:.1f}",
-            f"{speed['low']:.1f}-{speed['high']:.1f}",
+            *_speed(row),
             "" if row["times_ar"] is None else f"{row['times_ar']['median']:.2f}",
             "" if tpf is None else f"{tpf['total']:.2f}",
             "" if rounds is None else f"{rounds['total']:.2f}",
@@ -145,10 +141,7 @@ def bench_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def tune_table(points: Sequence[Mapping[str, Any]], chosen: str, least: float) -> Table:
     """One row a setting, fastest first; a star marks the chosen one, brackets a quality below the least asked for."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True, header_style="bold")
-    table.add_column("setting", vertical="bottom", overflow="fold")
-    for name in ("tokens/s", "tokens/\nforward", "quality", "equal\nto ar"):
-        table.add_column(name, justify="right", vertical="bottom", no_wrap=True)
+    table = _setting_table(("tokens/s", "tokens/\nforward", "quality", "equal\nto ar"))
     for point in sorted(points, key=lambda p: -p["tokens_per_second"]):
         quality, agreement = f"{point['quality']:.3f}", point["agreement_with_ar"]
         table.add_row(
@@ -163,8 +156,6 @@ def tune_table(points: Sequence[Mapping[str, Any]], chosen: str, least: float) -
 
 def load_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """One row a setting and number of requests in flight."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True, header_style="bold")
-    table.add_column("setting", vertical="bottom", overflow="fold")
     names = (
         "in\nflight",
         "tokens/s\ntogether",
@@ -174,21 +165,33 @@ def load_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         "request",
         "as\nalone",
     )
-    for name in names:
-        table.add_column(name, justify="right", vertical="bottom", no_wrap=True)
+    table = _setting_table(names)
     for row in rows:
-        speed = row["tokens_per_second"]
         table.add_row(
             row["label"],
             str(row["concurrency"]),
-            f"{speed['median']:.1f}",
-            f"{speed['low']:.1f}-{speed['high']:.1f}",
+            *_speed(row),
             f"{row['tokens_per_forward']:.2f}",
             f"{row['first_token_seconds']['median']:.2f} s",
             f"{row['request_seconds']['median']:.2f} s",
             "" if row["equal_to_alone"] is None else f"{row['equal_to_alone']:.0%}",
         )
     return table
+
+
+def _setting_table(names: Sequence[str]) -> Table:
+    """Settings at the left, which may be long, and figures of these names."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True, header_style="bold")
+    table.add_column("setting", vertical="bottom", overflow="fold")
+    for name in names:
+        table.add_column(name, justify="right", vertical="bottom", no_wrap=True)
+    return table
+
+
+def _speed(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Tokens a second: their median, and their quartiles."""
+    speed = row["tokens_per_second"]
+    return f"{speed['median']:.1f}", f"{speed['low']:.1f}-{speed['high']:.1f}"
 
 
 def forward_cost_lines(cost: Mapping[str, Any]) -> Text:
@@ -220,17 +223,19 @@ def info_page(facts: Mapping[str, Any], machine: Mapping[str, int | None]) -> Te
         *_blocks(facts),
         ("adapter", _adapter(facts["adapter"])),
     ]
-    for number, (dtype, needed) in enumerate(facts["memory_bytes"].items()):
+    needs = {dtype: readable_bytes(needed) for dtype, needed in facts["memory_bytes"].items()}
+    widest = max(map(len, needs.values()), default=0)
+    for number, (dtype, needed) in enumerate(needs.items()):
         verdict = facts["runs_here"].get(dtype, "")
         style = {"runs here": "green", "does not fit here": "red"}.get(verdict, "yellow")
-        needs = f"{readable_bytes(needed):>8} in {dtype:<8}  "
-        rows.append(("memory" if number == 0 else "", Text.assemble(needs, (verdict, style))))
-    engine = facts["engine"]
-    by = engine["name"] if engine["kernels"] is None else f"{engine['name']} ({engine['kernels']})"
-    rows.append(("on the CPU", f"{engine['precision']} by {by}: {engine['why']}"))
+        told = Text.assemble(f"{needed:>{widest}} in {dtype:<8}  ", (verdict, style))
+        rows.append(("memory" if number == 0 else "", told))
     if machine["memory_bytes"] is not None:
         has, free = readable_bytes(machine["memory_bytes"]), machine["available_bytes"]
-        rows.append(("here", f"{has:>8}" + ("" if free is None else f", {readable_bytes(free)} of it free")))
+        rows.append(("here", f"{has} of memory" + ("" if free is None else f", {readable_bytes(free)} of it free")))
+    engine = facts["engine"]
+    by = "PyTorch" if engine["kernels"] is None else f"the native engine ({engine['kernels']})"
+    rows.append(("on the CPU", f"in {engine['precision']} by {by}; {engine['why']}"))
     page = Text(str(facts["name"]), style="bold")
     for label, told in rows:
         line = Text.assemble("\n", (f"{label:<12}", "dim"), told)
