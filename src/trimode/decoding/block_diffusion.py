@@ -261,6 +261,11 @@ def _certain_first(scores: Tensor, token: int) -> Tensor:
 def _revise(
     generation: Generation, progress: Progress, places: list[int], tokens: list[int], confidence: Tensor
 ) -> int:
+    """Replace what stands at these places where another token is sure enough; returns how often.
+
+    A view that sees what lies behind a place too revises all at once. The causal view of a model whose first place is exact does not:
+    behind a wrong token it doubts what was right, so one pass replaces the leftmost only, and the next judges anew what follows.
+    """
     bound = torch.tensor(generation.settings.editing_threshold, dtype=confidence.dtype, device=confidence.device)
     sure_enough = (confidence >= bound).tolist()
     num_revised = 0
@@ -269,6 +274,8 @@ def _revise(
             generation.canvas[place] = token
             progress.confidence[place] = sure
             num_revised += 1
+            if generation.traits.first_is_exact:
+                break
     return num_revised
 
 
