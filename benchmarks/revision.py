@@ -18,8 +18,8 @@ if __name__ == "__main__":
     answers = model.generate(prompts, mode="ar", max_new_tokens=64)
     texts = [([*ids, *out.token_ids], len(ids)) for ids, out in zip(prompts, answers, strict=True)]
     print("threshold  passes  planted  repaired  harmed")
-    for passes in (1, 3):
-        for threshold in (0.3, 0.5, 0.7, 0.9, 0.97):
+    for passes in (1, 3, 6):
+        for threshold in (0.3, 0.5, 0.7, 0.9):
             found = measure_revision(
                 model, texts, threshold=threshold, passes=passes, block_length=model.config.block_length
             )

@@ -16,7 +16,6 @@ from trimode.decoding.interface import Generation
 from trimode.diffusion.corruption import SampleNoise, plant_errors
 from trimode.engine.language_model import LanguageModel
 from trimode.errors import DataError
-from trimode.model.cache import KeyValueCache
 
 __all__ = ["Revision", "measure_revision"]
 
@@ -100,7 +99,7 @@ def _revise(
     """Run the generations to their ends over planted blocks; which tokens of each block were wrong."""
     # the block, and the scratch of a forward over it
     needs = [len(g.prompt) + 2 * len(block) for g, block in zip(generations, blocks, strict=True)]
-    cache = KeyValueCache(model.config, [max(needs)] * len(needs), dtype=model.dtype, device=model.device)
+    cache = model.forward.make_cache([max(needs)] * len(needs))
     runner = model.make_runner(cache)
     runner.seat(generations)
     loop = run_to_end(generations, runner)
