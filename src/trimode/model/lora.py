@@ -43,15 +43,21 @@ class Lora:
     )
     """The same as maps, for inference."""
 
-    def add(self, layer: int, parts: Sequence[str], x: Tensor, ys: Sequence[Tensor]) -> list[Tensor]:
-        """These parts' outputs ys [N, outputs] for inputs x [N, inputs], each with what the adapter adds, in its own dtype."""
+    def add(
+        self, layer: int, parts: Sequence[str], x: Tensor, ys: Sequence[Tensor], acts: Tensor | None = None
+    ) -> list[Tensor]:
+        """These parts' outputs ys [N, outputs] for inputs x [N, inputs], each with what the adapter adds, in its own dtype; only on
+        the rows where `acts` [N, 1] is true (None: on all)."""
         parts = tuple(parts)
         A, Bs = self._prepared(layer, parts, x.dtype)
         key = (layer, parts, x.dtype)
         if key not in self._maps:
             self._maps[key] = as_map(A), [None if B is None else as_map(B) for B in Bs]
         down, ups = self._maps[key]
-        low = iter(down(x.to(A.dtype)).split([B.shape[1] for B in Bs if B is not None], dim=-1))
+        lows = down(x.to(A.dtype))
+        if acts is not None:
+            lows = lows * acts
+        low = iter(lows.split([B.shape[1] for B in Bs if B is not None], dim=-1))
         return [y if up is None else _plus(y, up(next(low)), self.scale) for y, up in zip(ys, ups, strict=True)]
 
     @property
@@ -93,13 +99,13 @@ class Lora:
         if self.mask_embedding is not None:
             yield self.mask_embedding
 
-    def to(self, device: torch.device) -> "Lora":
-        """The same adapter on another device."""
-        factors = {place: (A.to(device), B.to(device)) for place, (A, B) in self.factors.items()}
+    def to(self, target: torch.device | torch.dtype) -> "Lora":
+        """The same adapter on another device, or rounded to another dtype."""
+        factors = {place: (A.to(target), B.to(target)) for place, (A, B) in self.factors.items()}
         return replace(
             self,
             factors=factors,
-            mask_embedding=None if self.mask_embedding is None else self.mask_embedding.to(device),
+            mask_embedding=None if self.mask_embedding is None else self.mask_embedding.to(target),
         )
 
 
