@@ -5,16 +5,36 @@ results agree to a few units of the last places; arg-maxima of these worlds are 
 """
 
 import itertools
+from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.worlds import MASK, random_lora, random_transformer, tiny_config
-from trimode.model.attention import Span
+from trimode.model import static
+from trimode.model.attention import KERNELS, Span
+from trimode.model.cache import Memory
+from trimode.model.config import RopeConfig
 from trimode.model.forward import Inputs, TorchForward
 from trimode.model.graphs import KernelChoice, Rehearsal
-from trimode.model.lora import ADAPTED_PARTS
-from trimode.model.static import MOST_INPUTS, reach, shape_of
+from trimode.model.lora import ADAPTED_PARTS, Lora
+from trimode.model.static import (
+    MOST_INPUTS,
+    Found,
+    StaticShape,
+    reach,
+    run_static,
+    shape_of,
+    size_of_feed,
+)
+from trimode.model.transformer import Transformer
 from trimode.model.views import (
     Bidirectional,
     BlockCausal,
@@ -26,6 +46,7 @@ from trimode.model.views import (
 )
 
 CONFIG = tiny_config()
+YARN = RopeConfig(theta=1e6, kind="yarn", factor=16.0, original_max_positions=16_384, llama4_beta=0.1)
 QUADRATIC = VerifyAndPredraft(num_verified=3, num_masks=2)
 STEPS = {
     "one token": [(7, 1, Causal())],
@@ -107,3 +128,235 @@ def test_each_static_kernel_equals_the_fused_one(step, kernel):
     expected, _ = run(forward(), STEPS[step], inputs)
     found, _ = run(forward(kernel=kernel), STEPS[step], inputs)
     torch.testing.assert_close(found.logits, expected.logits, atol=2e-5, rtol=2e-5)
+
+
+# ---- what a GPU would refuse ------------------------------------------------------------------------------------------------
+
+
+class Ops(TorchDispatchMode):
+    """Notes every operation that runs, and the devices of what it makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+        self.devices = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.names.append(str(func))
+        self.devices |= {t.device.type for t in tree_leaves(out) if isinstance(t, torch.Tensor)}
+        return out
+
+
+class WithoutDriver(TorchFunctionMode):
+    """x[...], ~x and copy_ by operators: their usual way asks the CUDA driver for its device, and a build for CPUs has none."""
+
+    OPERATORS: ClassVar = {
+        torch.Tensor.copy_: torch.ops.aten.copy_.default,
+        torch.Tensor.__invert__: torch.ops.aten.bitwise_not.default,
+    }
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in self.OPERATORS:
+            return self.OPERATORS[func](*args)
+        if func is not torch.Tensor.__getitem__:
+            return func(*args, **(kwargs or {}))
+        x, index = args
+        index = list(index) if isinstance(index, tuple) else [index]
+        if ... in index:
+            at = index.index(...)
+            num_real = sum(i is not None for i in index) - 1
+            index[at : at + 1] = [slice(None)] * (x.dim() - num_real)
+        dim = 0
+        for i in index:
+            if i is None:
+                x = x.unsqueeze(dim)
+            elif isinstance(i, int):
+                x = x.select(dim, i)
+                continue
+            else:
+                start, stop, step = i.indices(x.shape[dim])
+                x = torch.ops.aten.slice.Tensor(x, dim, start, stop, step)
+            dim += 1
+        return x
+
+
+def on_a_pretended_gpu(shape, *, config=CONFIG, lora=None, dtype=torch.bfloat16):
+    """Operations of one static forward over tensors that claim to lie on a GPU; mixing devices and looking at values raise."""
+    with torch.no_grad(), FakeTensorMode(), WithoutDriver():
+        transformer = Transformer(config, dtype=dtype, device="cuda")
+        transformer._frequencies = torch.empty(config.head_size // 2, device="cuda")
+        memory = Memory(config, 1024, dtype=dtype, device="cuda", spare=2)
+        found = Found(
+            torch.empty(shape.num_asked, config.vocab_size, dtype=dtype, device="cuda"),
+            torch.empty(3, shape.num_asked, dtype=torch.float64, device="cuda"),
+        )
+        tensors = static.Static(torch.empty(size_of_feed(shape), dtype=torch.int64, device="cuda"), found, memory)
+        if lora is not None:
+            lora = Lora(
+                {
+                    place: (
+                        torch.empty(A.shape, dtype=dtype, device="cuda"),
+                        torch.empty(B.shape, dtype=dtype, device="cuda"),
+                    )
+                    for place, (A, B) in lora.factors.items()
+                },
+                lora.scale,
+                torch.empty(config.width, dtype=dtype, device="cuda"),
+            )
+        # the warm-up is where an adapter's factors are prepared
+        run_static(transformer, lora, shape, tensors)
+        with Ops() as ops:
+            run_static(transformer, lora, shape, tensors)
+    return ops
+
+
+@pytest.mark.parametrize("adapted", ["none", "some", "all"])
+@pytest.mark.parametrize(
+    ("kernel", "sight"),
+    [("plain", "any"), ("sdpa", "any"), ("flash", "causal"), ("flash", "all"), ("flash", "both")],
+)
+def test_nothing_in_a_captured_forward_leaves_the_gpu_or_asks_for_a_value(kernel, sight, adapted):
+    shape = StaticShape(num_rows=2, length=8, num_keys=256, num_asked=16, adapted=adapted, kernel=kernel, sight=sight)
+    every_option = tiny_config(qk_norm=True, qkv_bias=True, tied_head=True, rope=YARN)
+    for config in (CONFIG, every_option):
+        ops = on_a_pretended_gpu(shape, config=config, lora=random_lora(config, ADAPTED_PARTS))
+        assert ops.devices == {"cuda"}
+        waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "pin_memory", "item")
+        assert not [name for name in ops.names if any(word in name for word in waits)]
+
+
+def test_the_pretended_gpu_notices_a_tensor_of_the_cpu(monkeypatch):
+    """Else the test above would say nothing."""
+    monkeypatch.setattr(static, "find_best", lambda logits, but, numbers: logits + torch.ones(len(logits), 1))
+    shape = StaticShape(num_rows=1, length=1, num_keys=256, num_asked=1)
+    with pytest.raises(RuntimeError, match="device"):
+        on_a_pretended_gpu(shape)
+    monkeypatch.setattr(static, "find_best", lambda logits, but, numbers: logits.sum().item())
+    with pytest.raises(RuntimeError, match="_local_scalar_dense"):
+        on_a_pretended_gpu(shape)
+
+
+def varlen(q, k, v, query_ends, key_starts, most_queries, most_keys, *, window_size, enable_gqa, seqused_k):
+    """`torch.nn.attention.varlen.varlen_attn` as its documentation has it: row b's keys are the `seqused_k[b]` from `key_starts[b]`
+    on; with a right window of 0 its last query sees them all and each earlier one a key less."""
+    assert enable_gqa
+    assert max(seqused_k) <= most_keys
+    outs = []
+    for b, (start, stop) in enumerate(itertools.pairwise(query_ends.tolist())):
+        used, num, first = int(seqused_k[b]), stop - start, int(key_starts[b])
+        assert num <= most_queries
+        assert first + used <= len(k)
+        visible = None
+        if window_size == (-1, 0):
+            visible = (torch.arange(used)[None, :] <= torch.arange(num)[:, None] + used - num)[None]
+        one = (x.transpose(0, 1)[None] for x in (q[start:stop], k[first : first + used], v[first : first + used]))
+        outs.append(KERNELS["plain"](*one, visible)[0].transpose(0, 1))
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_flash_attention_is_told_the_same_by_lengths(step, monkeypatch):
+    """Its kernel needs a GPU; what it is told is checked against what its documentation says of it."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
+    inputs = inputs_of(STEPS[step])
+    expected, _ = run(forward(), STEPS[step], inputs)
+    engine = forward(choice=KernelChoice("flash"))
+    found, _ = run(engine, STEPS[step], inputs)
+    torch.testing.assert_close(found.logits, expected.logits, atol=2e-5, rtol=2e-5)
+    cache = filled(engine, STEPS[step])
+    sights = {"quadratic": "any", "all views at once": "any", "block": "all", "a batch of blocks": "all"}
+    assert shape_of(inputs, cache).sight == sights.get(step, "both" if step == "block over causal" else "causal")
+
+
+def test_flash_attention_never_reads_behind_the_memory():
+    engine = forward(choice=KernelChoice("flash"))
+    cache = engine.make_cache([1024])
+    inputs = inputs_of([(1020, 3, Causal())])
+    assert shape_of(inputs, cache).sight == "causal"
+    inputs = inputs_of([(1015, 9, Causal())])
+    assert shape_of(inputs, cache).length == 16
+    assert shape_of(inputs, cache).sight == "any"
+
+
+# ---- buckets and the feed ---------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 5), st.integers(1, 5), st.integers(0, 12))
+def test_three_integers_tell_every_view_of_decoding(known, masks, more):
+    n = known + masks + more
+    for view in (
+        Causal(),
+        Bidirectional(),
+        BlockOverCausal(known),
+        BlockCausal(masks),
+        VerifyAndPredraft(known + 1, masks),
+    ):
+        length = (known + 1) * (masks + 1) if isinstance(view, VerifyAndPredraft) else n
+        upto, first, stop = reach(view, length)[..., None]
+        k = np.arange(length)
+        assert np.array_equal((k < upto) | ((k >= first) & (k < stop)), visible_matrix(view, length).numpy())
+
+
+def test_a_view_that_three_integers_do_not_tell_and_a_wide_step_take_the_ordinary_path():
+    assert reach(NoisyAndClean(length=6, block_length=2), 12) is None
+    engine = forward()
+    for rows in ([(0, 12, NoisyAndClean(length=6, block_length=2))], [(0, MOST_INPUTS + 1, Causal())]):
+        inputs = inputs_of(rows)
+        expected, _ = run(forward(captured=False), rows, inputs)
+        found, _ = run(engine, rows, inputs)
+        assert torch.equal(found.logits, expected.logits)
+        assert found.best == tuple(without_mask(expected.logits).argmax(dim=-1).tolist())
+    assert engine.capture.num_captures == 0
+
+
+@given(st.integers(1, 3000))
+def test_a_bucket_holds_its_number_and_pads_it_by_a_quarter_at_most(number):
+    for least in (1, 256):
+        bucket = static._bucket(number, least=least)
+        assert bucket >= number
+        assert static._bucket(bucket, least=least) == bucket
+        assert bucket <= max(least, 1.25 * number) or number <= 32
+
+
+# ---- what comes back --------------------------------------------------------------------------------------------------------
+
+
+def without_mask(logits):
+    logits = logits.clone()
+    logits[:, MASK] = float("-inf")
+    return logits
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("step", ["one token", "block over causal", "all views at once"])
+def test_what_was_found_beside_the_logits_is_true_and_leaves_them_whole(step, pack):
+    rows = STEPS[step]
+    total = sum(length for _, length, _ in rows)
+    asked = list(range(total))[::-2]
+    inputs = inputs_of(rows, asked=asked)
+    found, _ = run(forward(pack=pack), rows, inputs)
+    expected, _ = run(forward(captured=False, pack=pack), rows, inputs)
+    assert expected.best is None
+    torch.testing.assert_close(found.logits, expected.logits, atol=2e-5, rtol=2e-5)
+    assert found.best == tuple(without_mask(expected.logits).argmax(dim=-1).tolist())
+    torch.testing.assert_close(found.logsumexp, expected.logits.logsumexp(dim=-1), atol=1e-5, rtol=1e-5)
+    best = expected.logits.gather(-1, torch.tensor(found.best)[:, None])[:, 0]
+    torch.testing.assert_close(found.best_logits, best, atol=1e-5, rtol=1e-5)
+
+
+def test_garbage_in_another_row_and_in_the_scratch_position_reaches_nobody():
+    """A NaN survives a zero weight, so what a row may not see must not be read."""
+    rows = STEPS["a batch of tokens"]
+    inputs = inputs_of(rows)
+    expected, _ = run(forward(), rows, inputs)
+    engine = forward()
+    cache = filled(engine, rows)
+    for tensor in (*cache.memory.keys, *cache.memory.values):
+        for start, length, (cached, _, _) in zip(cache.starts, cache.lengths, rows, strict=True):
+            tensor[start + cached : start + length] = float("nan")
+        tensor[cache.memory.scratch] = float("nan")
+        tensor[sum(cache.lengths) : cache.memory.num_positions] = float("nan")
+    for _ in range(3):
+        found = engine(inputs, cache).answers(0, 3)
+        torch.testing.assert_close(found.logits, expected.logits, atol=2e-5, rtol=2e-5)

@@ -144,16 +144,13 @@ class TorchForward:
         if static is not None:
             static.memory.clear()
             return static
-        memory = Memory(
-            self.config,
-            max(_LEAST_MEMORY, -(-num_positions // _LEAST_MEMORY) * _LEAST_MEMORY),
-            dtype=self.dtype,
-            device=self.device,
-            spare=2,
-        )
-        return StaticForward(
-            self.transformer, memory, self.capture, self._choice, lora=self._static_lora, compiled=self._compiled
-        )
+        num_rounded = max(1, -(-num_positions // _LEAST_MEMORY)) * _LEAST_MEMORY
+        # whoever asks may be in inference mode, and what is made there nobody else could write to
+        with torch.inference_mode(False):
+            memory = Memory(self.config, num_rounded, dtype=self.dtype, device=self.device, spare=2)
+            return StaticForward(
+                self.transformer, memory, self.capture, self._choice, lora=self._static_lora, compiled=self._compiled
+            )
 
     def describe(self) -> str:
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""

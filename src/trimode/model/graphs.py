@@ -226,7 +226,7 @@ class KernelChoice:
         if self._asked is not None:
             return _with_kernel(shape, self._asked)
         # the kernel hangs on how wide a step is, and little on how much lies before it
-        key = replace(shape, num_keys=0, num_asked=0, adapted=False)
+        key = replace(shape, num_keys=0, num_asked=0, adapted="none")
         if key not in self._seen:
             self._seen.add(key)
             return _with_kernel(shape, self._candidates[0])
@@ -294,7 +294,7 @@ class StaticForward:
         if shape is None:
             return None
         if self._lora is None:
-            shape = replace(shape, adapted=False)
+            shape = replace(shape, adapted="none")
         num_asked = len(inputs.asked)
         self._capture.before_filling()
         size = size_of_feed(shape)

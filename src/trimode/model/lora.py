@@ -58,6 +58,12 @@ class Lora:
         if acts is not None:
             lows = lows * acts
         low = iter(lows.split([B.shape[1] for B in Bs if B is not None], dim=-1))
+        if x.is_cuda and x.dtype == A.dtype:
+            # one kernel for product, scale and sum
+            return [
+                y if B is None else torch.addmm(y, next(low), B.T, alpha=self.scale)
+                for y, B in zip(ys, Bs, strict=True)
+            ]
         return [y if up is None else _plus(y, up(next(low)), self.scale) for y, up in zip(ys, ups, strict=True)]
 
     @property

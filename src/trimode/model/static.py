@@ -27,6 +27,7 @@ from trimode.model.views import View, visible_matrix
 __all__ = [
     "MOST_INPUTS",
     "STATIC_KERNELS",
+    "Adapted",
     "Found",
     "Sight",
     "Static",
@@ -47,6 +48,8 @@ STATIC_KERNELS: tuple[StaticKernel, ...] = ("plain", "sdpa", "flash", "flex")
 Sight = Literal["causal", "all", "both", "any"]
 """What a step's queries see: up to themselves, the whole row, each one or the other, or whatever the feed says."""
 
+Adapted = Literal["none", "some", "all"]
+
 MOST_INPUTS = 512
 """Padded inputs of a static forward. More of them keep a device busy for longer than they take to launch."""
 LEAST_KEYS = 256
@@ -66,8 +69,8 @@ class StaticShape:
     num_keys: int
     """S: keys that a row may have."""
     num_asked: int
-    adapted: bool
-    """The adapter acts on some input."""
+    adapted: Adapted = "none"
+    """Inputs that the adapter acts on. All of them need no mask, which saves a kernel a layer."""
     kernel: StaticKernel = "sdpa"
     sight: Sight = "any"
 
@@ -128,7 +131,7 @@ def shape_of(inputs: Inputs, cache: KeyValueCache, most_inputs: int = MOST_INPUT
         length=length,
         num_keys=_bucket(max(s.cached + s.length for s in spans), least=LEAST_KEYS),
         num_asked=num_rows if len(inputs.asked) <= num_rows else num_rows * length,
-        adapted=len(inputs.adapted) > 0,
+        adapted="all" if len(inputs.adapted) == len(inputs.tokens) else "some" if len(inputs.adapted) else "none",
         sight=_sight(spans, cache, length),
     )
 
@@ -297,7 +300,7 @@ class StaticAttention:
         from torch.nn.attention.varlen import varlen_attn
 
         out = varlen_attn(
-            q.contiguous(),
+            q,
             keys,
             values,
             self._query_ends,
@@ -340,20 +343,15 @@ def _block_mask(f: _Feed, shape: StaticShape, memory: Memory):
     num_query_blocks = -(-shape.length // _FLEX_BLOCK)
     count = needed.sum(dim=-1, dtype=torch.int32)[:, None, None].expand(-1, 1, num_query_blocks)
     order = order[:, None, None].expand(-1, 1, num_query_blocks, -1)
-    upto, first, stop, starts = f.upto[..., 0], f.first[..., 0], f.stop[..., 0], f.starts[:, 0]
-    last = shape.length - 1
-
-    def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        # the kernel asks about queries up to the end of its block
-        i = i.clamp(max=last)
-        place = j - starts[b]
-        return (place >= 0) & ((place < upto[b, i]) | ((place >= first[b, i]) & (place < stop[b, i])))
-
+    begins = f.starts[:, 0]
+    # positions of the memory; the kernel asks about queries up to the end of its block, so there must be as many
+    to_block = (0, num_query_blocks * _FLEX_BLOCK - shape.length)
+    upto, first, stop = (torch.nn.functional.pad(x[..., 0] + f.starts, to_block) for x in (f.upto, f.first, f.stop))
     return BlockMask.from_kv_blocks(
         count.contiguous(),
         order.contiguous(),
         BLOCK_SIZE=_FLEX_BLOCK,
-        mask_mod=sees,
+        mask_mod=lambda b, h, i, j: (j >= begins[b]) & ((j < upto[b, i]) | ((j >= first[b, i]) & (j < stop[b, i]))),
         seq_lengths=(shape.length, memory.keys[0].shape[0]),
     )
 
@@ -368,8 +366,9 @@ def run_static(transformer: Transformer, lora: Lora | None, shape: StaticShape, 
         feed.tokens,
         feed.positions,
         attend,
-        lora=lora if shape.adapted else None,
-        lora_acts=feed.acts if shape.adapted else None,
+        lora=None if shape.adapted == "none" else lora,
+        lora_rows=torch.arange(shape.num_inputs, device=feed.tokens.device) if shape.adapted == "all" else None,
+        lora_acts=feed.acts if shape.adapted == "some" else None,
     )
     logits = static.found.logits[: shape.num_asked]
     logits.copy_(transformer.logits(hidden.index_select(0, feed.asked)))

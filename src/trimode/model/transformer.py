@@ -188,9 +188,11 @@ class Transformer(nn.Module):
         """Scores of every token, in the model's dtype."""
         return self.head(hidden)
 
-    def load(self, tensors: Iterable[tuple[str, Tensor]], *, pack: bool = True) -> None:
+    def load(self, tensors: Iterable[tuple[str, Tensor]], *, pack: bool = True, quantize: bool = False) -> None:
         """Take these tensors as the parameters, one at a time, packing each for the CPU as it comes: the peak is the model and
-        one tensor. Raises CheckpointError for a missing, unknown or misshapen one."""
+        one tensor. quantize: hold the layers' linear maps in int8, all but the head.
+
+        Raises CheckpointError for a missing, unknown or misshapen one."""
         missing = dict(self.named_parameters(remove_duplicate=True))
         missing.pop("head.weight", None) if self.config.tied_head else None
         for name, tensor in tensors:
@@ -205,8 +207,11 @@ class Transformer(nn.Module):
                 self.head.weight = self.embedding.weight  # pyright: ignore[reportAttributeAccessIssue]
                 if pack:
                     self.head.pack()
-            if pack and isinstance(owner, Linear) and attribute == "weight":
-                owner.pack()
+            if isinstance(owner, Linear) and attribute == "weight":
+                if quantize and owner is not self.head:
+                    owner.quantize()
+                elif pack:
+                    owner.pack()
         self._frequencies = self._frequencies.to(self.embedding.weight.device)
         if missing:
             raise CheckpointError(f"The checkpoint lacks {', '.join(sorted(missing)[:5])} ({len(missing)} in all).")
