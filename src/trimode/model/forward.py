@@ -152,6 +152,16 @@ class TorchForward:
                 self.transformer, memory, self.capture, self._choice, lora=self._static_lora, compiled=self._compiled
             )
 
+    def is_captured(self, inputs: Inputs, cache: KeyValueCache) -> bool:
+        """Whether a step like this one replays a graph now."""
+        static = self._static_of.get(cache)
+        return static is not None and static.is_captured(inputs, cache)
+
+    def refusal(self, cache: KeyValueCache) -> str | None:
+        """Why nothing is captured over this cache although it should be; None: all is well."""
+        static = self._static_of.get(cache)
+        return None if static is None else static.graphs.refusal
+
     def describe(self) -> str:
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
         captured = "" if self.capture is None else ", captured"

@@ -186,8 +186,8 @@ class Graphs:
     def __contains__(self, shape: StaticShape) -> bool:
         return shape in self._replays
 
-    def run(self, shape: StaticShape, function: Run, static: Static) -> None:
-        """Run the function of this shape, by the fastest means there is."""
+    def run(self, shape: StaticShape, function: Run, static: Static, *, compiled: Run | None = None) -> None:
+        """Run the function of this shape, by the fastest means there is. compiled: the same function, to be captured in its place."""
         replay = self._replays.get(shape)
         if replay is not None:
             self._replays.move_to_end(shape)
@@ -196,7 +196,7 @@ class Graphs:
             self._seen.add(shape)
             function()
         else:
-            self._add(shape, function, static)
+            self._add(shape, compiled or function, static)
 
     def _add(self, shape: StaticShape, function: Run, static: Static) -> None:
         while len(self._replays) >= self._most:
@@ -235,14 +235,13 @@ class KernelChoice:
         return _with_kernel(shape, self.chosen[key])
 
     def _measure(self, shape: StaticShape, seconds: Callable[[StaticShape], float]) -> StaticKernel:
-        able = {k: _with_kernel(shape, k) for k in self._candidates}
-        able = {k: s for k, s in able.items() if s.kernel == k}
+        able = [k for k in self._candidates if _with_kernel(shape, k).kernel == k]
         if len(able) == 1:
-            return next(iter(able))
+            return able[0]
         found: dict[StaticKernel, float] = {}
-        for kernel, one in able.items():
+        for kernel in able:
             try:
-                found[kernel] = seconds(one)
+                found[kernel] = seconds(_with_kernel(shape, kernel))
             except RuntimeError as error:  # not for this device, dtype or head size
                 LOG.info("Attention kernel %s does not run here: %s", kernel, str(error).splitlines()[0])
         return min(found, key=lambda kernel: found[kernel]) if found else self._candidates[0]
@@ -278,7 +277,7 @@ class StaticForward:
         self._capture = capture
         self._choice = choice
         self._most_inputs = most_inputs
-        self._run = torch.compile(run_static, dynamic=False, fullgraph=True) if compiled else run_static
+        self._compiles = compiled
         weight = transformer.embedding.weight
         self._dtype, self._device = weight.dtype, weight.device
         # a row has one input at least: none of B, T and the rows asked for exceeds the inputs
@@ -290,11 +289,9 @@ class StaticForward:
     def __call__(self, inputs: Inputs, cache: KeyValueCache) -> tuple[Tensor, Tensor] | None:
         """Logits of the inputs that are asked for [n, V], valid until the next forward, and `Found.numbers` of them on the host
         [3, n]. None: too wide a step, which nothing was done for."""
-        shape = shape_of(inputs, cache, self._most_inputs)
+        shape = self._shape(inputs, cache)
         if shape is None:
             return None
-        if self._lora is None:
-            shape = replace(shape, adapted="none")
         num_asked = len(inputs.asked)
         self._capture.before_filling()
         size = size_of_feed(shape)
@@ -302,11 +299,29 @@ class StaticForward:
         self._capture.send(self._host[:size], self._feed[:size])
         shape = self._choice(shape, self._attention_seconds)
         static = Static(self._feed[:size], self._found_for(shape.num_asked), self.memory)
-        self.graphs.run(shape, partial(self._run, self._transformer, self._lora, shape, static), static)
+        given = (self._transformer, self._lora, shape, static)
+        compiled = partial(self._run_compiled, *given) if self._compiles else None
+        self.graphs.run(shape, partial(run_static, *given), static, compiled=compiled)
         found = static.found
         # nobody asked: nobody waits
         numbers = self._capture.fetch(found.numbers) if num_asked else torch.empty(3, 0, dtype=torch.float64)
         return found.logits[:num_asked], numbers[:, :num_asked]
+
+    def is_captured(self, inputs: Inputs, cache: KeyValueCache) -> bool:
+        """Whether a step like this one replays a graph now."""
+        shape = self._shape(inputs, cache)
+        return shape is not None and self._choice(shape, self._attention_seconds) in self.graphs
+
+    def _shape(self, inputs: Inputs, cache: KeyValueCache) -> StaticShape | None:
+        shape = shape_of(inputs, cache, self._most_inputs)
+        return shape if shape is None or self._lora is not None else replace(shape, adapted="none")
+
+    @staticmethod
+    def _run_compiled(transformer: Transformer, lora: Lora | None, shape: StaticShape, static: Static) -> None:
+        # one program a shape is what is wanted, and the compiler takes more than a few of one function for a mistake
+        limits = {"recompile_limit": 4 * MOST_GRAPHS, "accumulated_recompile_limit": 64 * MOST_GRAPHS}
+        with torch._dynamo.config.patch(limits):
+            torch.compile(run_static, dynamic=False, fullgraph=True)(transformer, lora, shape, static)
 
     def _found_for(self, num_asked: int) -> Found:
         if num_asked not in self._found:

@@ -47,6 +47,11 @@ class Linear(nn.Module):
     __call__ = forward
 
     @property
+    def int8(self) -> tuple[Tensor, Tensor] | None:
+        """Numbers [outputs, inputs] and a scale for each output, after `quantize`."""
+        return self._int8
+
+    @property
     def is_packed(self) -> bool:
         """Whether `pack` took effect."""
         return self._packed is not None

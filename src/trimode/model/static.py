@@ -185,7 +185,9 @@ def fill_feed(feed: np.ndarray, shape: StaticShape, step: Inputs, cache: KeyValu
         inputs[0, b, :n] = step.tokens[own]
         inputs[1, b, :n] = step.positions[own]
         inputs[2, b, :n] = start + s.cached + count
-        inputs[3:6, b, :n] = reach(s.view, n) + s.cached
+        told = reach(s.view, n)
+        assert told is not None
+        inputs[3:6, b, :n] = told + s.cached
         rows[:, b] = start, s.cached + n, s.cached + n, s.cached + T
         padded[own] = b * T + count
     inputs[6].reshape(-1)[padded[list(step.adapted)]] = 1
@@ -273,8 +275,8 @@ class StaticAttention:
 
     def _gathered(self, q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         B, T, S = self._shape.num_rows, self._shape.length, self._shape.num_keys
-        own = (x.index_select(0, self._where).view(B, S, *x.shape[1:]).transpose(1, 2) for x in (keys, values))
-        return q.view(B, T, *q.shape[1:]).transpose(1, 2), *own
+        k, v = (x.index_select(0, self._where).view(B, S, *x.shape[1:]).transpose(1, 2) for x in (keys, values))
+        return q.view(B, T, *q.shape[1:]).transpose(1, 2), k, v
 
     def _plain(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         q, k, v = self._gathered(q, keys, values)
