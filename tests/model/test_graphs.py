@@ -9,6 +9,7 @@ import torch
 
 from tests.model.test_static import filled, forward, inputs_of
 from tests.worlds import random_lora, tiny_config
+from trimode.engine.engine import Engine, EngineLimits, Entry
 from trimode.engine.language_model import LanguageModel
 from trimode.model.forward import TorchForward, TorchScores
 from trimode.model.graphs import KernelChoice, Rehearsal, StaticForward
@@ -241,6 +242,22 @@ def test_logits_that_lie_nowhere_cannot_be_looked_at(monkeypatch):
     nowhere(monkeypatch)
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         model(captured=True).generate([5, 6, 7], mode="ar", max_new_tokens=4, temperature=1.0)
+
+
+@pytest.mark.parametrize("changes", CHECKPOINTS)
+def test_an_engine_of_mixed_requests_gives_through_graphs_what_each_gives_alone_without(changes):
+    """Slots anywhere, prompts in pieces, all views in one forward."""
+    own, ordinary = (model(captured=captured, **CHECKPOINTS[changes]) for captured in (True, False))
+    limits = EngineLimits(max_running=4, cache_positions=256, prefill_inputs=7, prefill_inputs_alone=16)
+    engine = Engine(own, limits)
+    asked = [([5 + i] * (3 + 9 * i), {**MODES[i % 5], "max_new_tokens": 20 + 7 * i}) for i in range(7)]
+    entries = [Entry(own.open_answer(prompt, knobs), lambda event: None) for prompt, knobs in asked]
+    for entry in entries:
+        engine.submit(entry)
+    engine.run_until_idle()
+    for entry, (prompt, knobs) in zip(entries, asked, strict=True):
+        assert entry.generation.new_tokens == ordinary.generate(prompt, **knobs).token_ids
+    assert own.forward.capture.num_captures > 3
 
 
 @pytest.mark.parametrize("changes", CHECKPOINTS)

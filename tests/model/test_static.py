@@ -53,6 +53,7 @@ STEPS = {
     "one token of an empty cache": [(0, 1, Causal())],
     "prompt": [(0, 11, Causal())],
     "verification": [(300, 5, Causal())],
+    "verification that fills its bucket of keys": [(251, 5, Causal())],
     "block": [(9, 4, Bidirectional())],
     "block over causal": [(9, 6, BlockOverCausal(2))],
     "quadratic": [(9, 9, QUADRATIC)],

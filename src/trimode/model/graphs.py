@@ -84,25 +84,26 @@ class CudaCapture:
         self.num_fetches = 0
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._side = torch.cuda.Stream(device)
         self._sent = torch.cuda.Event()
 
     def capture(self, function: Run, static: Static) -> Run:
         return self._graph(function).replay
 
     def _graph(self, function: Run) -> torch.cuda.CUDAGraph:
-        # Lazy things (cuBLAS handles and workspaces, kernels that are loaded when first used, programs that are compiled then,
-        # an adapter's prepared factors) happen in the warm-up, on a stream of its own as the capture will be.
-        here = torch.cuda.current_stream(self._device)
-        side = torch.cuda.Stream(self._device)
-        side.wait_stream(here)
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UPS):
-                function()
-        here.wait_stream(side)
+        here, side = torch.cuda.current_stream(self._device), self._side
         graph = torch.cuda.CUDAGraph()
-        # thread_local: other threads may allocate meanwhile
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            function()
+        with torch.cuda.device(self._device):
+            # Lazy things (cuBLAS handles and workspaces, kernels that are loaded when first used, programs that are compiled then)
+            # happen in the warm-up, on the stream that captures.
+            side.wait_stream(here)
+            with torch.cuda.stream(side):
+                for _ in range(_WARM_UPS):
+                    function()
+            here.wait_stream(side)
+            # thread_local: other threads may allocate meanwhile
+            with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
+                function()
         return graph
 
     def seconds(self, function: Run) -> float:
@@ -217,7 +218,7 @@ class KernelChoice:
         """candidates: the first one serves every step, also before anything was measured. `flex` is no candidate by itself: it would
         compile a program for each shape, which takes seconds."""
         self._asked = asked
-        self._candidates = tuple(candidates)
+        self._candidates: tuple[StaticKernel, ...] = tuple(candidates)
         self._seen: set[StaticShape] = set()
         self.chosen: dict[StaticShape, StaticKernel] = {}
 

@@ -308,7 +308,8 @@ class StaticAttention:
             self._query_ends,
             self._key_starts,
             self._shape.length,
-            self._shape.num_keys,
+            # a row's keys with those of its padding
+            self._shape.num_keys + self._shape.length,
             window_size=(-1, right),
             enable_gqa=True,
             seqused_k=used,
