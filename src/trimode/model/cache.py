@@ -50,7 +50,8 @@ class Memory:
 
     def clear(self) -> None:
         """Let all be as in new memory."""
-        torch._foreach_zero_([*self.keys, *self.values])
+        for tensor in (*self.keys, *self.values):
+            tensor.zero_()
 
 
 class KeyValueCache:

@@ -8,7 +8,7 @@ What the device does sits behind `Capture`: `CudaCapture` on a GPU, and `Rehears
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from statistics import median
@@ -197,13 +197,13 @@ class Graphs:
             self._seen.add(shape)
             function()
         else:
-            self._add(shape, compiled or function, static)
+            self._add(shape, function, static, compiled or function)
 
-    def _add(self, shape: StaticShape, function: Run, static: Static) -> None:
+    def _add(self, shape: StaticShape, function: Run, static: Static, captured: Run) -> None:
         while len(self._replays) >= self._most:
             self._replays.popitem(last=False)
         try:
-            self._replays[shape] = self._capture.capture(function, static)
+            self._replays[shape] = self._capture.capture(captured, static)
         except RuntimeError as error:
             # slower, and as right: a driver or a kernel that cannot be captured must not take the answers with it
             self.refusal = str(error).splitlines()[0]
@@ -214,11 +214,11 @@ class Graphs:
 class KernelChoice:
     """Which attention serves a shape: the one that was asked for, or the fastest of those that can, measured once."""
 
-    def __init__(self, asked: StaticKernel | None, candidates: Sequence[StaticKernel] = ("sdpa", "flash")) -> None:
+    def __init__(self, asked: StaticKernel | None, candidates: tuple[StaticKernel, ...] = ("sdpa", "flash")) -> None:
         """candidates: the first one serves every step, also before anything was measured. `flex` is no candidate by itself: it would
         compile a program for each shape, which takes seconds."""
-        self._asked = asked
-        self._candidates: tuple[StaticKernel, ...] = tuple(candidates)
+        self._asked: StaticKernel | None = asked
+        self._candidates: tuple[StaticKernel, ...] = candidates
         self._seen: set[StaticShape] = set()
         self.chosen: dict[StaticShape, StaticKernel] = {}
 
@@ -236,7 +236,7 @@ class KernelChoice:
         return _with_kernel(shape, self.chosen[key])
 
     def _measure(self, shape: StaticShape, seconds: Callable[[StaticShape], float]) -> StaticKernel:
-        able = [k for k in self._candidates if _with_kernel(shape, k).kernel == k]
+        able: list[StaticKernel] = [k for k in self._candidates if _with_kernel(shape, k).kernel == k]
         if len(able) == 1:
             return able[0]
         found: dict[StaticKernel, float] = {}
