@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from statistics import median
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -86,11 +86,13 @@ class CudaCapture:
         self._pool = torch.cuda.graph_pool_handle()
         self._side = torch.cuda.Stream(device)
         self._sent = torch.cuda.Event()
+        # the allocator gives a pool up with its last graph, and may refuse new ones for it then: this one stays
+        self._anchor = self._graph(lambda: torch.zeros(1, device=device))
 
     def capture(self, function: Run, static: Static) -> Run:
         return self._graph(function).replay
 
-    def _graph(self, function: Run) -> torch.cuda.CUDAGraph:
+    def _graph(self, function: Callable[[], Any]) -> torch.cuda.CUDAGraph:
         here, side = torch.cuda.current_stream(self._device), self._side
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device):
@@ -101,21 +103,25 @@ class CudaCapture:
                 for _ in range(_WARM_UPS):
                     function()
             here.wait_stream(side)
-            # thread_local: other threads may allocate meanwhile
-            with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
-                function()
+            try:
+                # thread_local: other threads may allocate meanwhile
+                with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
+                    function()
+            finally:
+                torch.cuda.set_stream(here)  # a capture that fails leaves its own stream behind as the current one
         return graph
 
     def seconds(self, function: Run) -> float:
         graph = self._graph(function)
         times = []
-        for _ in range(_TIMINGS):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1e3)
+        with torch.cuda.device(self._device):
+            for _ in range(_TIMINGS):
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                graph.replay()
+                end.record()
+                end.synchronize()
+                times.append(start.elapsed_time(end) / 1e3)
         return median(times)
 
     def host_buffer(self, size: int) -> Tensor:

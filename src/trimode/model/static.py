@@ -145,21 +145,24 @@ def _bucket(number: int, *, least: int) -> int:
 
 
 def _sight(spans: Sequence[Span], cache: KeyValueCache, length: int) -> Sight:
-    causal = everything = either = True
-    for s in spans:
-        told = reach(s.view, s.length)
-        assert told is not None
-        upto, first, stop = told
-        up_to_itself = (upto == np.arange(1, s.length + 1)) & (first == stop)
-        whole = upto == s.length
-        causal &= bool(up_to_itself.all())
-        everything &= bool(whole.all())
-        either &= bool((up_to_itself | whole).all())
-        # `flash` takes a row's last T keys for its inputs, padding included: they must lie within the memory
-        either &= cache.starts[s.slot] + s.cached + length <= cache.memory.num_positions
-    if not either:
+    sights = {_sight_of(s.view, s.length) for s in spans}
+    # `flash` takes a row's last T keys for its inputs, padding included: they must lie within the memory
+    inside = all(cache.starts[s.slot] + s.cached + length <= cache.memory.num_positions for s in spans)
+    if "any" in sights or not inside:
         return "any"
-    return "causal" if causal else "all" if everything else "both"
+    return next(iter(sights)) if len(sights) == 1 else "both"
+
+
+@lru_cache(maxsize=512)
+def _sight_of(view: View, length: int) -> Sight:
+    told = reach(view, length)
+    assert told is not None
+    upto, first, stop = told
+    up_to_itself = (upto == np.arange(1, length + 1)) & (first == stop)
+    whole = upto == length
+    if up_to_itself.all():
+        return "causal"
+    return "all" if whole.all() else "both" if (up_to_itself | whole).all() else "any"
 
 
 def size_of_feed(shape: StaticShape) -> int:
