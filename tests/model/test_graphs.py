@@ -9,6 +9,7 @@ import torch
 
 from tests.model.test_static import filled, forward, inputs_of
 from tests.worlds import random_lora, tiny_config
+from trimode.decoding.interface import Rows
 from trimode.engine.engine import Engine, EngineLimits, Entry
 from trimode.engine.language_model import LanguageModel
 from trimode.model.forward import TorchForward, TorchScores
@@ -281,3 +282,25 @@ def test_scores_and_logits_are_the_same_through_graphs():
 
 def test_the_cost_table_tells_captured_forwards_from_others():
     assert forward().describe() != forward(captured=False).describe()
+
+
+def test_a_run_of_rows_is_a_view_for_indices_would_be_sent_to_the_device():
+    logits = torch.randn(5, 7)
+    rows = Rows(logits, (1, 2, 3, 4, 5), torch.arange(5.0), torch.arange(5.0) - 1)
+    for which in ([1, 2, 3], [0], [], [0, 1, 2, 3, 4]):
+        assert rows[which].logits.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
+    for which in ([0, 2], [3, 1], [2, 2], [1, 2, 4]):
+        assert torch.equal(rows[which].logits, logits[which])
+        assert rows[which].best == tuple(rows.best[i] for i in which)
+        assert torch.equal(rows[which].best_logits, rows.best_logits[which])
+
+
+def test_probabilities_of_the_best_tokens_need_no_logits_and_are_those_of_the_softmax():
+    logits = torch.randn(4, 7, dtype=torch.float32)
+    best = logits.argmax(dim=-1)
+    top = logits.gather(-1, best[:, None])[:, 0]
+    rows = Rows(logits.to("meta"), tuple(best.tolist()), logits.logsumexp(dim=-1), top)
+    torch.testing.assert_close(rows.probabilities(best.tolist()), logits.softmax(dim=-1).amax(dim=-1))
+    others = [(b + 1) % 7 for b in best.tolist()]
+    given = Rows(logits, rows.best, rows.logsumexp, top).probabilities(others)
+    torch.testing.assert_close(given, logits.softmax(dim=-1).gather(-1, torch.tensor(others)[:, None])[:, 0])

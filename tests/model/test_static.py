@@ -361,3 +361,18 @@ def test_garbage_in_another_row_and_in_the_scratch_position_reaches_nobody():
     for _ in range(3):
         found = engine(inputs, cache).answers(0, 3)
         torch.testing.assert_close(found.logits, expected.logits, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("num_rows", [1, 64, 65, 130])
+@pytest.mark.parametrize("but", [None, MASK])
+def test_the_mask_token_never_wins_counts_in_the_sum_and_keeps_its_logit(num_rows, but):
+    logits = torch.randn(num_rows, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
+    logits[::2, MASK] = 9.0
+    before = logits.clone()
+    numbers = torch.empty(3, num_rows, dtype=torch.float64)
+    static.find_best(logits, but, numbers)
+    assert torch.equal(logits, before)
+    best = (before if but is None else without_mask(before)).argmax(dim=-1)
+    assert torch.equal(numbers[0], best.double())
+    assert torch.equal(numbers[1], before.gather(-1, best[:, None])[:, 0].double())
+    assert torch.equal(numbers[2].float(), before.float().logsumexp(dim=-1))
