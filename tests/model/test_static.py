@@ -5,6 +5,7 @@ results agree to a few units of the last places; arg-maxima of these worlds are 
 """
 
 import itertools
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -17,13 +18,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.worlds import MASK, random_lora, random_transformer, tiny_config
+from tests.worlds import MASK, random_lora, random_tensors, random_transformer, tiny_config
 from trimode.model import static
 from trimode.model.attention import KERNELS, Span
 from trimode.model.cache import Memory
 from trimode.model.config import RopeConfig
 from trimode.model.forward import Inputs, TorchForward
-from trimode.model.graphs import KernelChoice, Rehearsal
+from trimode.model.graphs import CudaCapture, KernelChoice, Rehearsal
 from trimode.model.lora import ADAPTED_PARTS, Lora
 from trimode.model.static import (
     MOST_INPUTS,
@@ -91,7 +92,7 @@ def filled(forward, step, slack=3, seed=1):
     """A cache whose slots hold arbitrary keys up to each row's cursor, the same for each engine."""
     cache = forward.make_cache([cached + length + slack for cached, length, _ in step])
     random = torch.Generator().manual_seed(seed)
-    shape = (cache.starts[-1] + cache.lengths[-1], CONFIG.num_kv_heads, CONFIG.head_size)
+    shape = (cache.starts[-1] + cache.lengths[-1], forward.config.num_kv_heads, forward.config.head_size)
     for tensor in (*cache.memory.keys, *cache.memory.values):
         tensor[: shape[0]] = torch.randn(shape, generator=random)
     return cache
@@ -376,3 +377,45 @@ def test_the_mask_token_never_wins_counts_in_the_sum_and_keeps_its_logit(num_row
     assert torch.equal(numbers[0], best.double())
     assert torch.equal(numbers[1], before.gather(-1, best[:, None])[:, 0].double())
     assert torch.equal(numbers[2].float(), before.float().logsumexp(dim=-1))
+
+
+# ---- on a real GPU ----------------------------------------------------------------------------------------------------------
+
+
+def engines_of(kernel, dtype, device, capture):
+    """An ordinary engine and one that captures, of the same weights."""
+    config = tiny_config(head_size=16)  # the least that FlexAttention takes on a GPU
+    lora = random_lora(config, ADAPTED_PARTS).to(torch.device(device)).to(dtype)
+    transformer = Transformer(config, dtype=dtype)
+    tensors = ((name, tensor.to(device, dtype)) for name, tensor in random_tensors(config))
+    transformer.load(tensors, pack=False)
+    given = {"lora": lora, "dtype": dtype, "device": device}
+    yield TorchForward(transformer, **given)
+    yield TorchForward(transformer, **given, capture=capture, choice=KernelChoice(kernel))
+
+
+def check_replays(kernel, dtype, device, capture, tolerance):
+    ordinary, captured = engines_of(kernel, dtype, device, capture)
+    for step, rows in STEPS.items():
+        total = sum(length for _, length, _ in rows)
+        for which, adapted in ADAPTED.items():
+            inputs = inputs_of(rows, adapted(total))
+            expected, _ = run(ordinary, rows, inputs)
+            for _ in range(3):  # as it is, captured, replayed
+                found, _ = run(captured, rows, inputs)
+                told = partial("{}, adapter {}: {}".format, step, which)
+                torch.testing.assert_close(found.logits, expected.logits, atol=tolerance, rtol=tolerance, msg=told)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures for real, which needs a CUDA device")
+@pytest.mark.parametrize("kernel", static.STATIC_KERNELS)
+def test_graphs_that_were_captured_on_a_gpu_equal_the_ordinary_forward_there(kernel):
+    # FlashAttention takes no float32. In bfloat16 two orders of the same sums differ by up to 0.13 here, of logits up to 7.
+    dtype, tolerance = (torch.bfloat16, 0.25) if kernel == "flash" else (torch.float32, 1e-3)
+    capture = CudaCapture(torch.device("cuda"))
+    check_replays(kernel, dtype, "cuda", capture, tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 0.25)])
+def test_the_same_check_rehearsed(dtype, tolerance):
+    check_replays("sdpa", dtype, "cpu", Rehearsal(), tolerance)
