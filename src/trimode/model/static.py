@@ -147,7 +147,7 @@ def _bucket(number: int, *, least: int) -> int:
 def _sight(spans: Sequence[Span], cache: KeyValueCache, length: int) -> Sight:
     if length == 1:
         return "all"  # it is both, and FlashAttention splits the keys of one query among more of the device if they are all seen
-    sights = {_sight_of(s.view, s.length) for s in spans}
+    sights: set[Sight] = {_sight_of(s.view, s.length) for s in spans}
     # `flash` takes a row's last T keys for its inputs, padding included: they must lie within the memory
     inside = all(cache.starts[s.slot] + s.cached + length <= cache.memory.num_positions for s in spans)
     if "any" in sights or not inside:
