@@ -1,10 +1,15 @@
-"""Law 7: an adapter merged = unmerged; off = the base bit for bit; drafts differ with it on and off; clean rows never notice it."""
+"""Law 7: an adapter merged = unmerged; off = the base bit for bit; drafts differ with it on and off; clean rows never notice it; and a
+captured graph draws the same drafts as an eager forward."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.worlds import MASK, random_lora, random_tensors, tiny_config, tiny_model
-from trimode.model.attention import SelfAttention
+from trimode.model.attention import SelfAttention, Span
+from trimode.model.forward import Inputs, TorchForward
+from trimode.model.graphs import CudaCapture, Rehearsal
 from trimode.model.lora import ADAPTED_PARTS
 from trimode.model.transformer import Transformer
 from trimode.model.views import BlockOverCausal, Causal
@@ -132,3 +137,54 @@ def test_an_adapted_row_does_not_depend_on_how_many_rows_share_the_product():
             (together,) = lora.add(0, [part], x, [y])
             for n in (1, 3, 7, 48, 299):
                 assert torch.equal(lora.add(0, [part], x[:n], [y[:n]])[0], together[:n]), (part, n)
+
+
+DEVICES = [
+    pytest.param("cpu", id="rehearsed"),
+    pytest.param(
+        "cuda",
+        marks=pytest.mark.skipif(
+            not torch.cuda.is_available(),
+            reason="a graph can only be captured on a CUDA device; on the CPU its stand-in runs",
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize("acts_on", ["draft", "masks"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_draft_logits_are_the_same_eager_and_captured_with_the_adapter_on_and_off(device, acts_on):
+    """One graph would serve both if the adapter were not in it: so on, off and on again, replaying each time."""
+    known = 3
+    adapted = list(range(len(IDS))) if acts_on == "draft" else [i for i, token in enumerate(IDS) if token == MASK]
+    embedding = None if acts_on == "draft" else torch.linspace(-1, 1, CONFIG.width)
+    lora = replace(random_lora(CONFIG, ADAPTED_PARTS, scale=20.0), mask_embedding=embedding).to(torch.device(device))
+    # float32 on a GPU too: the law is about what is computed, not about rounding
+    transformer = Transformer(CONFIG)
+    transformer.load(((name, tensor.to(device)) for name, tensor in random_tensors(CONFIG)), pack=False)
+    capture = CudaCapture(torch.device(device)) if device == "cuda" else Rehearsal()
+    eager = TorchForward(transformer, lora=lora, device=device)
+    captured = TorchForward(transformer, lora=lora, device=device, capture=capture)
+
+    def draft(forward, cache, adapted):
+        def run(tokens, cached, view, adapted):
+            span = Span(0, len(tokens), 0, cached, view)
+            positions = [cached + i for i in range(len(tokens))]
+            inputs = Inputs(tokens=tokens, positions=positions, spans=[span], adapted=adapted, asked=range(len(tokens)))
+            return forward(inputs, cache).logits(0, len(tokens)).cpu().clone()
+
+        run(IDS[:known], 0, Causal(), [])
+        return run(IDS[known:], known, BlockOverCausal(1), [i - known for i in adapted if i >= known])
+
+    caches = {forward: forward.make_cache([len(IDS)]) for forward in (eager, captured)}
+    on, off = (draft(eager, caches[eager], which) for which in (adapted, []))
+    assert not torch.allclose(on, off, atol=1e-2)
+    if acts_on == "masks":
+        assert torch.equal(on[0], off[0])
+    for _ in range(4):
+        torch.testing.assert_close(draft(captured, caches[captured], adapted), on, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(draft(captured, caches[captured], []), off, atol=1e-4, rtol=1e-4)
+    graphs = captured._static_of[caches[captured]].graphs
+    assert graphs.refusal is None
+    # one without the adapter, which serves the known tokens too, and one with it
+    assert len(graphs) == 2

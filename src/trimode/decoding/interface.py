@@ -94,6 +94,8 @@ class Rows:
     """The arg-max of each row, the mask token left out."""
     logsumexp: Tensor | None = None
     """[n] float32"""
+    best_logits: Tensor | None = None
+    """[n] float32 of `best`, on the host like it"""
     hidden: Tensor | None = None
     """[n, D] What a draft head wants of these inputs."""
     draft_head: "DraftHead | None" = None
@@ -103,18 +105,23 @@ class Rows:
         return len(self.logits)
 
     def __getitem__(self, which: slice | list[int]) -> "Rows":
+        if isinstance(which, list) and which == list(range(which[0] if which else 0, which[-1] + 1 if which else 0)):
+            # a run of rows: indices would have to be copied to a GPU, which waits for it
+            which = slice(which[0], which[-1] + 1) if which else slice(0, 0)
         best = self.best
         if best is not None:
             best = best[which] if isinstance(which, slice) else tuple(best[i] for i in which)
-        logsumexp = None if self.logsumexp is None else self.logsumexp[which]
-        hidden = None if self.hidden is None else self.hidden[which]
-        return Rows(self.logits[which], best, logsumexp, hidden, self.draft_head)
+        beside = (None if x is None else x[which] for x in (self.logsumexp, self.best_logits, self.hidden))
+        return Rows(self.logits[which], best, *beside, draft_head=self.draft_head)
 
     def probabilities(self, tokens: Sequence[int]) -> Tensor:
         """[n] of one token a row, under the untempered distribution with the mask in it, in the model's dtype."""
+        if self.best_logits is not None and self.logsumexp is not None and tuple(tokens) == self.best:
+            # all of it is on the host already
+            return (self.best_logits - self.logsumexp).exp().to(self.logits.dtype)
         chosen = self.logits.gather(-1, torch.tensor(tokens, device=self.logits.device)[:, None])[:, 0].float()
         total = self.logits.float().logsumexp(dim=-1) if self.logsumexp is None else self.logsumexp
-        return (chosen - total).exp().to(self.logits.dtype)
+        return (chosen.to(total.device) - total).exp().to(self.logits.dtype)
 
 
 @dataclass(frozen=True, slots=True)

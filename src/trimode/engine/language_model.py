@@ -41,6 +41,7 @@ from trimode.model import native
 from trimode.model.attention import KernelName, Span
 from trimode.model.config import ModelConfig
 from trimode.model.forward import Cache, Forward, Inputs, Scores, TorchForward
+from trimode.model.graphs import CudaCapture
 from trimode.model.lora import Lora
 from trimode.model.native import NativeForward, Precision
 from trimode.model.transformer import Transformer
@@ -85,8 +86,9 @@ def load(
 
     dtype: "float32", "bfloat16" or "float16"; None takes the checkpoint's own, float32 for quantised GGUF files.
     quantize: "int8", or "none"; None is "int8" on the CPU unless a dtype is given or the checkpoint is in float32. Where the native
-    engine was not built, "int8" runs in bfloat16 through PyTorch (`precision` says so).
-    threads: of the forwards on the CPU. attention: PyTorch's kernel, for backend "torch".
+    engine was not built, "int8" runs in bfloat16 through PyTorch (`precision` says so). On a GPU "int8" holds the layers' weights in
+    int8, with a scale for each output, and computes in bfloat16: half the memory.
+    threads: of the forwards on the CPU. attention: PyTorch's kernel, for backend "torch"; None on a GPU: what measures best there.
     backend: "native" (C++, on the CPU), "torch", or "auto": native where it runs. Raises CheckpointError or SettingError in one line.
     """
     if backend not in get_args(Backend):
@@ -106,7 +108,8 @@ def load(
     why_not = native.why_not(checkpoint.config)
     use_native = _use_native(backend, target, wanted, dtype, attention, why_not)
     asks_for_torch = backend == "torch" or attention is not None or target.type != "cpu"
-    if quantize == "int8" and not use_native and asks_for_torch:
+    holds_int8 = quantize == "int8" and target.type == "cuda"
+    if quantize == "int8" and not use_native and asks_for_torch and not holds_int8:
         raise SettingError(
             f"quantize='int8' needs the native engine, which does not run here: {_why_not_native(target, why_not)}"
         )
@@ -129,13 +132,34 @@ def load(
             engine.set_adapter(lora)
         forward: Forward = engine
     else:
-        transformer = Transformer(checkpoint.config, dtype=wanted)
-        transformer.load(checkpoint.tensors(dtype=wanted, device=target), pack=target.type == "cpu")
         lora = lora if lora is None else lora.to(target)
-        forward = TorchForward(transformer.eval(), lora=lora, kernel=attention or "sdpa", dtype=wanted, device=target)
-    packed = forward.precision == "int8" and (quantize == "int8" or checkpoint.packed is not None)
+        forward = _torch_forward(checkpoint, target, wanted, lora, attention, int8=holds_int8)
+    packed = use_native and forward.precision == "int8" and (quantize == "int8" or checkpoint.packed is not None)
     return LanguageModel(
         str(name), forward, checkpoint.tokenizer(), adapter=lora, checkpoint=checkpoint, saves_packed=packed
+    )
+
+
+def _torch_forward(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    lora: Lora | None,
+    attention: KernelName | None,
+    *,
+    int8: bool = False,
+) -> TorchForward:
+    transformer = Transformer(checkpoint.config, dtype=dtype)
+    tensors = checkpoint.tensors(dtype=dtype, device=device)
+    transformer.load(tensors, pack=device.type == "cpu", quantize=int8)
+    return TorchForward(
+        transformer.eval(),
+        lora=lora,
+        kernel=attention,
+        dtype=dtype,
+        device=device,
+        capture=CudaCapture(device) if device.type == "cuda" else None,
+        precision="int8" if int8 else None,
     )
 
 
@@ -733,7 +757,7 @@ class LanguageModel:
             self.tokenizer.save(directory)
 
     def _dense_tensors(self) -> Iterable[tuple[str, Tensor]]:
-        if isinstance(self.forward, TorchForward):
+        if isinstance(self.forward, TorchForward) and self.forward.precision != "int8":
             return self.forward.transformer.dense_tensors()
         assert self._checkpoint is not None
         # the numbers that it was loaded from, not those that the engine made of them

@@ -12,7 +12,46 @@ from torch import Tensor
 
 from trimode.model.config import ModelConfig
 
-__all__ = ["KeyValueCache"]
+__all__ = ["KeyValueCache", "Memory"]
+
+
+class Memory:
+    """Keys and values [positions, G, K] of each layer. It outlives a cache where graphs were captured that hold its addresses."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_positions: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        spare: int = 0,
+    ) -> None:
+        """spare: positions behind all slots; two of them are `blank` and `scratch`."""
+        self.num_positions = num_positions
+        self._has_spare = spare >= 2
+        shape = (num_positions + spare, config.num_kv_heads, config.head_size)
+        # zeros, not empty: rows of one batch attend over the longest of them, and masked garbage could be NaN, which survives a
+        # zero weight
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+
+    @property
+    def blank(self) -> int:
+        """A position that is always zero."""
+        assert self._has_spare
+        return self.num_positions
+
+    @property
+    def scratch(self) -> int:
+        """A position that nobody reads: padding writes there."""
+        assert self._has_spare
+        return self.num_positions + 1
+
+    def clear(self) -> None:
+        """Let all be as in new memory."""
+        for tensor in (*self.keys, *self.values):
+            tensor.zero_()
 
 
 class KeyValueCache:
@@ -25,17 +64,16 @@ class KeyValueCache:
         *,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        memory: Memory | None = None,
     ) -> None:
+        """memory: where it lies; None: in memory of its own."""
         self.lengths = list(lengths)
         """Positions of each slot."""
         ends = list(accumulate(self.lengths))
         self.starts = [0, *ends[:-1]]
         """Where each slot begins among the positions of all."""
-        shape = (ends[-1], config.num_kv_heads, config.head_size)
-        # zeros, not empty: rows of one batch attend over the longest of them, and masked garbage could be NaN, which survives a
-        # zero weight
-        self._keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
-        self._values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        self.memory = memory or Memory(config, ends[-1], dtype=dtype, device=device)
+        self._keys, self._values = self.memory.keys, self.memory.values
 
     def write(self, layer: int, flat_positions: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put keys and values [N, G, K] at positions counted over all slots (starts[slot] + position)."""

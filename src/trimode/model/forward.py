@@ -4,21 +4,29 @@
 makes and owns its cache's memory. Whoever plans forwards cannot tell them apart.
 """
 
+import threading
+import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from trimode.model.attention import CachedAttention, KernelName, Span
-from trimode.model.cache import KeyValueCache
+from trimode.model.attention import CachedAttention, KernelName
+from trimode.model.cache import KeyValueCache, Memory
 from trimode.model.config import ModelConfig
+from trimode.model.graphs import Capture, KernelChoice, StaticForward
+from trimode.model.inputs import Inputs
 from trimode.model.lora import Lora
-from trimode.model.successor import Successor, num_candidates
+from trimode.model.static import find_best
+from trimode.model.successor import TorchDraftHead
 from trimode.model.transformer import Transformer
 
 __all__ = ["Answers", "Cache", "Forward", "Inputs", "Scores", "TorchForward"]
+
+_LEAST_MEMORY = 1024
+"""Positions of a memory are a multiple of it, so that the next request often finds one that is large enough."""
 
 
 class Answers(NamedTuple):
@@ -30,24 +38,12 @@ class Answers(NamedTuple):
     """The arg-max of each row, the mask token left out; None where nobody looked."""
     logsumexp: Tensor | None = None
     """[n] float32; None where nobody looked."""
+    best_logits: Tensor | None = None
+    """[n] float32, on the host: those of `best`; None where nobody looked."""
     hidden: Tensor | None = None
     """[n, D] The hidden states themselves, where a draft head may want them."""
     draft_head: Any = None
     """Chooses drafts one behind the other (`draft`, `rescored`); None where the adapter has no successor."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Inputs:
-    """All rows of a forward, packed behind one another."""
-
-    tokens: Sequence[int]
-    positions: Sequence[int]
-    spans: Sequence[Span]
-    """Which inputs are one row's, and where in the cache they go."""
-    adapted: Sequence[int] = ()
-    """Inputs that the adapter acts on."""
-    asked: Sequence[int] = ()
-    """Inputs whose logits are wanted, in this order."""
 
 
 @runtime_checkable
@@ -101,38 +97,95 @@ class Forward(Protocol):
 
 
 class TorchForward:
-    """A `Transformer` over a `KeyValueCache`."""
+    """A `Transformer` over a `KeyValueCache`. With a `Capture`, steps that are not too wide run as graphs over memory that stays."""
 
     def __init__(
         self,
         transformer: Transformer,
         *,
         lora: Lora | None = None,
-        kernel: KernelName = "sdpa",
+        kernel: KernelName | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        capture: Capture | None = None,
+        choice: KernelChoice | None = None,
+        compiled: bool = False,
+        precision: str | None = None,
     ) -> None:
+        """kernel: of the attention; None: PyTorch's fused one, and for captured steps what measures best (`choice`). compiled: see
+        `StaticForward`. precision: what the weights are held in where that is not the dtype."""
         self.transformer = transformer
         self.config = transformer.config
         self._lora = lora
-        self._kernel: KernelName = kernel
+        self._kernel: KernelName = kernel or "sdpa"
         self.dtype = dtype
         self.device = torch.device(device)
-        self.precision = str(dtype).removeprefix("torch.")
-        self._draft_head = (
-            None if lora is None or lora.successor is None else TorchDraftHead(transformer, lora.successor)
-        )
+        self.precision = precision or str(dtype).removeprefix("torch.")
+        self.capture = capture
+        self._choice = choice or KernelChoice(kernel)
+        self._compiled = compiled
+        # a graph takes the adapter's products in the model's dtype: on a GPU float32 ones cost more than the adapter may
+        self._static_lora = None if capture is None or lora is None else lora.to(dtype)
+        self._static_of: WeakKeyDictionary[KeyValueCache, StaticForward] = WeakKeyDictionary()
+        self._idle: list[StaticForward] = []
+        self._lock = threading.Lock()
+        self.draft_head: TorchDraftHead | None = None
+        if lora is not None and lora.successor is not None:
+            embedding = transformer.embedding.weight
+            head = embedding if self.config.tied_head else transformer.head.dense_weight()
+            self.draft_head = TorchDraftHead(lora.successor, embedding, head, self.config.mask_token_id)
 
     def make_cache(self, lengths: Sequence[int]) -> KeyValueCache:
-        return KeyValueCache(self.config, lengths, dtype=self.dtype, device=self.device)
+        if self.capture is None:
+            return KeyValueCache(self.config, lengths, dtype=self.dtype, device=self.device)
+        with self._lock:
+            static = self._lend(sum(lengths))
+            cache = KeyValueCache(self.config, lengths, dtype=self.dtype, device=self.device, memory=static.memory)
+            self._static_of[cache] = static
+        weakref.finalize(cache, self._idle.append, static).atexit = False
+        return cache
+
+    def _lend(self, num_positions: int) -> "StaticForward":
+        """Memory that nobody uses now, with the graphs that are bound to it; new memory if none is large enough."""
+        assert self.capture is not None
+        fitting = [s for s in self._idle if s.memory.num_positions >= num_positions]
+        static = min(fitting, key=lambda s: s.memory.num_positions, default=None)
+        self._idle.clear()  # all but one are given back to the device
+        if static is not None:
+            static.memory.clear()
+            return static
+        num_rounded = max(1, -(-num_positions // _LEAST_MEMORY)) * _LEAST_MEMORY
+        # whoever asks may be in inference mode, and what is made there nobody else could write to
+        with torch.inference_mode(False):
+            memory = Memory(self.config, num_rounded, dtype=self.dtype, device=self.device, spare=2)
+            return StaticForward(
+                self.transformer, memory, self.capture, self._choice, lora=self._static_lora, compiled=self._compiled
+            )
+
+    def is_captured(self, inputs: Inputs, cache: KeyValueCache) -> bool:
+        """Whether a step like this one replays a graph now."""
+        static = self._static_of.get(cache)
+        return static is not None and static.is_captured(inputs, cache)
+
+    def refusal(self, cache: KeyValueCache) -> str | None:
+        """Why nothing is captured over this cache although it should be; None: all is well."""
+        static = self._static_of.get(cache)
+        return None if static is None else static.graphs.refusal
 
     def describe(self) -> str:
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
-        return f"torch {self.precision}, {self._kernel}{threads}"
+        captured = "" if self.capture is None else ", captured"
+        return f"torch {self.precision}, {self._kernel}{threads}{captured}"
 
     @torch.inference_mode()
     def __call__(self, inputs: Inputs, cache: Cache) -> "TorchScores":
         assert isinstance(cache, KeyValueCache)
+        static = self._static_of.get(cache)
+        if static is not None:
+            with self._lock:
+                found = static(inputs, cache)
+            if found is not None:
+                return TorchScores(self, cache, hidden=found.hidden, logits=found.logits, numbers=found.numbers)
         device = self.device
         hidden = self.transformer(
             torch.tensor(inputs.tokens, device=device),
@@ -142,71 +195,47 @@ class TorchForward:
             lora_rows=None if self._lora is None else torch.tensor(inputs.adapted, dtype=torch.long, device=device),
         )
         asked = torch.tensor(inputs.asked, dtype=torch.long, device=device)
-        return TorchScores(self.transformer, hidden[asked], self._draft_head)
+        return TorchScores(self, cache, hidden=hidden[asked])
 
 
 class TorchScores:
-    """Hidden states, and the head that turns them into logits."""
+    """Logits with what was found beside them; or hidden states, whose logits are made when somebody asks."""
 
-    def __init__(self, transformer: Transformer, hidden: Tensor, draft_head: "TorchDraftHead | None" = None) -> None:
-        self._transformer = transformer
+    def __init__(
+        self,
+        forward: TorchForward,
+        cache: KeyValueCache,
+        *,
+        hidden: Tensor,
+        logits: Tensor | None = None,
+        numbers: Tensor | None = None,
+    ) -> None:
+        self._forward = forward
+        # while somebody may read the logits, nobody else's forward may use the memory where they lie
+        self._cache = cache
         self._hidden = hidden
-        self._draft_head = draft_head
+        self._logits = logits
+        self._numbers = numbers
 
+    @torch.inference_mode()
     def answers(self, start: int, stop: int) -> Answers:
-        head = self._draft_head
-        return Answers(
-            self.logits(start, stop), hidden=None if head is None else self._hidden[start:stop], draft_head=head
-        )
+        logits = self.logits(start, stop)
+        forward = self._forward
+        hidden = None if forward.draft_head is None else self._hidden[start:stop]
+        answers = Answers(logits, hidden=hidden, draft_head=forward.draft_head)
+        if self._numbers is not None:
+            numbers = self._numbers[:, start:stop]
+        elif forward.capture is None or start == stop:
+            return answers
+        else:
+            found = torch.empty(3, len(logits), dtype=torch.float64, device=logits.device)
+            find_best(logits, forward.config.mask_token_id, found)
+            numbers = forward.capture.fetch(found)
+        best = tuple(int(token) for token in numbers[0].tolist())
+        return answers._replace(best=best, logsumexp=numbers[2].float(), best_logits=numbers[1].float())
 
     @torch.inference_mode()
     def logits(self, start: int, stop: int) -> Tensor:
-        return self._transformer.logits(self._hidden[start:stop])
-
-
-class TorchDraftHead:
-    """What `decoding.interface.DraftHead` asks for. Its products are small ones of single rows, in float32, so that a draft does not
-    depend on its company."""
-
-    def __init__(self, transformer: Transformer, successor: Successor) -> None:
-        config = transformer.config
-        self._successor = Successor(successor.inner.float(), successor.outer.float())
-        self._embedding = transformer.embedding.weight
-        self._head = self._embedding if config.tied_head else transformer.head.dense_weight()
-        self._mask = config.mask_token_id
-
-    @torch.inference_mode()
-    def draft(self, hidden: Tensor, logits: Tensor, before: int) -> tuple[list[int], list[float]]:
-        likely = self._likely(logits)
-        tokens, probabilities = [], []
-        for j in range(len(hidden)):
-            own = slice(j, j + 1)
-            scores = self._rescored(hidden[own], logits[own], likely[own], before)
-            best = likely[own].gather(-1, scores.gather(-1, likely[own]).argmax(dim=-1, keepdim=True))
-            before = int(best)
-            tokens.append(before)
-            probabilities.append(float(scores.log_softmax(dim=-1).gather(-1, best).exp()))
-        return tokens, probabilities
-
-    @torch.inference_mode()
-    def rescored(self, hidden: Tensor, logits: Tensor, before: int) -> Tensor:
-        return self._rescored(hidden, logits, self._likely(logits), before)
-
-    def _rescored(self, hidden: Tensor, logits: Tensor, likely: Tensor, before: int) -> Tensor:
-        token = torch.tensor([before], device=hidden.device)
-        scores = self._successor.scores(hidden.float(), self._embed(token), self._rows(likely))
-        return logits.float().scatter(-1, likely, scores)
-
-    def _likely(self, logits: Tensor) -> Tensor:
-        return self._without_mask(logits).topk(num_candidates(logits.shape[-1])).indices
-
-    def _without_mask(self, logits: Tensor) -> Tensor:
-        if self._mask is None:
-            return logits
-        return logits.index_fill(-1, torch.tensor(self._mask, device=logits.device), float("-inf"))
-
-    def _embed(self, tokens: Tensor) -> Tensor:
-        return self._embedding[tokens].float()
-
-    def _rows(self, tokens: Tensor) -> Tensor:
-        return self._head[tokens].float()
+        if self._logits is not None:
+            return self._logits[start:stop]
+        return self._forward.transformer.logits(self._hidden[start:stop])

@@ -1,4 +1,4 @@
-"""Linear maps, laid out for the CPU's matrix kernel where there is one.
+"""Linear maps, laid out for the CPU's matrix kernel where there is one, or held in int8 where memory is what counts.
 
 The one idea worth knowing: in a packed product a row's result does not depend, bit for bit, on the rows beside it. That is what
 makes an answer the same alone and in a batch.
@@ -30,6 +30,8 @@ class Linear(nn.Module):
         self.weight: nn.Parameter | None = nn.Parameter(torch.empty(num_outputs, num_inputs, **kwargs))
         self.bias = nn.Parameter(torch.empty(num_outputs, **kwargs)) if bias else None
         self._packed: Tensor | None = None
+        self._int8: tuple[Tensor, Tensor] | None = None
+        """Weight [outputs, inputs], and a scale for each output in the dtype of activations."""
         self._product: Any = F.linear
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,6 +47,11 @@ class Linear(nn.Module):
     __call__ = forward
 
     @property
+    def int8(self) -> tuple[Tensor, Tensor] | None:
+        """Numbers [outputs, inputs] and a scale for each output, after `quantize`."""
+        return self._int8
+
+    @property
     def is_packed(self) -> bool:
         """Whether `pack` took effect."""
         return self._packed is not None
@@ -57,10 +64,32 @@ class Linear(nn.Module):
             self._product = torch.ops.mkldnn._linear_pointwise.default
             self.weight = None
 
+    def quantize(self) -> None:
+        """Hold the weight in int8 with a scale for each output, and let go of the plain one."""
+        assert self.weight is not None
+        weight = self.weight.detach()
+        wide = weight.float()
+        # an output without weights has no scale; any will do
+        scales = wide.abs().amax(dim=1, keepdim=True).div_(127).clamp_(min=torch.finfo(torch.float32).tiny)
+        self._int8 = wide.div_(scales).round_().to(torch.int8), scales[:, 0].to(weight.dtype)
+        self._product = self._int8_product
+        self.weight = None
+
+    def _int8_product(self, x: Tensor, weight: None, bias: Tensor | None) -> Tensor:
+        """Written so that a compiler takes the widening into the product. Uncompiled it writes the widened weight to memory first: less
+        memory is held, and no time is saved."""
+        assert self._int8 is not None
+        numbers, scales = self._int8
+        y = F.linear(x, numbers.to(x.dtype)) * scales
+        return y if bias is None else y + bias
+
     def dense_weight(self) -> Tensor:
-        """The plain weight [outputs, inputs], packed or not."""
+        """The plain weight [outputs, inputs], packed or not; of int8 the numbers that it stands for."""
         if self.weight is not None:
             return self.weight.detach()
+        if self._int8 is not None:
+            numbers, scales = self._int8
+            return numbers.to(scales.dtype) * scales[:, None]
         assert self._packed is not None
         return self._packed.to_dense()
 

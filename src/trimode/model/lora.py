@@ -46,15 +46,27 @@ class Lora:
     )
     """The same as maps, for inference."""
 
-    def add(self, layer: int, parts: Sequence[str], x: Tensor, ys: Sequence[Tensor]) -> list[Tensor]:
-        """These parts' outputs ys [N, outputs] for inputs x [N, inputs], each with what the adapter adds, in its own dtype."""
+    def add(
+        self, layer: int, parts: Sequence[str], x: Tensor, ys: Sequence[Tensor], acts: Tensor | None = None
+    ) -> list[Tensor]:
+        """These parts' outputs ys [N, outputs] for inputs x [N, inputs], each with what the adapter adds, in its own dtype; only on
+        the rows where `acts` [N, 1] is true (None: on all)."""
         parts = tuple(parts)
         A, Bs = self._prepared(layer, parts, x.dtype)
         key = (layer, parts, x.dtype)
         if key not in self._maps:
             self._maps[key] = as_map(A), [None if B is None else as_map(B) for B in Bs]
         down, ups = self._maps[key]
-        low = iter(down(x.to(A.dtype)).split([B.shape[1] for B in Bs if B is not None], dim=-1))
+        lows = down(x.to(A.dtype))
+        if acts is not None:
+            lows = lows * acts
+        low = iter(lows.split([B.shape[1] for B in Bs if B is not None], dim=-1))
+        if x.is_cuda and x.dtype == A.dtype:
+            # one kernel for product, scale and sum
+            return [
+                y if B is None else torch.addmm(y, next(low), B.T, alpha=self.scale)
+                for y, B in zip(ys, Bs, strict=True)
+            ]
         return [y if up is None else _plus(y, up(next(low)), self.scale) for y, up in zip(ys, ups, strict=True)]
 
     @property
@@ -99,9 +111,9 @@ class Lora:
             yield self.successor.inner
             yield self.successor.outer
 
-    def to(self, device: torch.device) -> "Lora":
-        """The same adapter on another device."""
-        return self.each(lambda tensor: tensor.to(device))
+    def to(self, target: torch.device | torch.dtype) -> "Lora":
+        """The same adapter on another device, or rounded to another dtype."""
+        return self.each(lambda tensor: tensor.to(target))
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Lora":
         """The same adapter with every tensor changed."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["Successor", "num_candidates"]
+__all__ = ["Successor", "TorchDraftHead", "num_candidates"]
 
 CANDIDATES = 32
 """Tokens of a row that are scored again: its likeliest ones."""
@@ -66,3 +66,42 @@ class Successor:
             before = likely[:, j].gather(-1, scores.argmax(dim=-1, keepdim=True))[:, 0]
             drafts.append(before)
         return torch.stack(drafts, dim=1)
+
+
+class TorchDraftHead:
+    """What `decoding.interface.DraftHead` asks for, over a model in PyTorch. The products are small ones of single rows, in float32,
+    so that a draft does not depend on its company."""
+
+    def __init__(self, successor: Successor, embedding: Tensor, head: Tensor, mask_token_id: int | None) -> None:
+        """embedding, head: [V, D]"""
+        device = embedding.device
+        self._successor = Successor(successor.inner.float().to(device), successor.outer.float().to(device))
+        self._embedding, self._head, self._mask = embedding, head, mask_token_id
+
+    @torch.inference_mode()
+    def draft(self, hidden: Tensor, logits: Tensor, before: int) -> tuple[list[int], list[float]]:
+        likely = self._likely(logits)
+        token = torch.tensor([before], device=hidden.device)
+        found = []
+        for j in range(len(hidden)):
+            own = slice(j, j + 1)
+            scores = self._rescored(hidden[own], logits[own], likely[own], token)
+            token = likely[own].gather(-1, scores.gather(-1, likely[own]).argmax(dim=-1, keepdim=True))[0]
+            found.append(torch.stack((token.double(), scores[0].double().softmax(dim=-1)[token])))
+        # on a GPU the only wait
+        tokens, probabilities = torch.cat(found, dim=1).tolist() if found else ((), ())
+        return [int(token) for token in tokens], list(probabilities)
+
+    @torch.inference_mode()
+    def rescored(self, hidden: Tensor, logits: Tensor, before: int) -> Tensor:
+        return self._rescored(hidden, logits, self._likely(logits), torch.tensor([before], device=hidden.device))
+
+    def _rescored(self, hidden: Tensor, logits: Tensor, likely: Tensor, before: Tensor) -> Tensor:
+        scores = self._successor.scores(hidden.float(), self._embedding[before].float(), self._head[likely].float())
+        return logits.float().scatter(-1, likely, scores)
+
+    def _likely(self, logits: Tensor) -> Tensor:
+        if self._mask is not None:
+            logits = logits.clone()
+            logits[:, self._mask] = float("-inf")
+        return logits.topk(num_candidates(logits.shape[-1])).indices

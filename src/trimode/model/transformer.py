@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -31,9 +31,13 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size, **kwargs))
         # a plain attribute: it is not part of a checkpoint
         self._eps = torch.tensor(eps, dtype=torch.float32)
+        self._eps_number = eps
 
     def forward(self, x: Tensor) -> Tensor:
         # float32 whatever the dtype, rounded before the weight, as the families do. F.rms_norm takes twice the time on a CPU.
+        if x.is_cuda:
+            # one kernel instead of five, and no tensor of the CPU's that a captured graph could not hold
+            return F.rms_norm(x, x.shape[-1:], eps=self._eps_number) * self.weight
         x32 = x.float()
         if self._eps.device != x.device:
             self._eps = self._eps.to(x.device)
@@ -110,7 +114,7 @@ class Layer(nn.Module):
         y = linear(x)
         here, before = (x, y) if rows is None else (x[rows], y[rows])
         widths = [self.widths[part] for part in parts]
-        added = lora.add(self.index, parts, here, before.split(widths, dim=-1))
+        added = lora.add(self.index, parts, here, before.split(widths, dim=-1), acts if rows is None else None)
         after = added[0] if len(added) == 1 else torch.cat(added, dim=-1)
         return after if rows is None else y.index_copy(0, rows, after)
 
@@ -144,25 +148,32 @@ class Transformer(nn.Module):
         *,
         lora: Lora | None = None,
         lora_rows: Int[Tensor, " n"] | None = None,
+        lora_acts: Bool[Tensor, "N 1"] | None = None,
     ) -> Float[Tensor, "N D"]:
-        """Hidden states after the last norm. `lora` acts on the inputs that `lora_rows` names and on no others."""
+        """Hidden states after the last norm. `lora` acts on the inputs that `lora_rows` names and on no others; or on those where
+        `lora_acts` is true, however many: a captured graph cannot know how many rows it will be told."""
         num_rows = len(tokens)
         if self.head.is_packed and num_rows < PACKED_ROWS:
             # once here rather than in each linear map; attention never sees the padding
             tokens, positions = (F.pad(t, (0, PACKED_ROWS - num_rows)) for t in (tokens, positions))
+            lora_acts = None if lora_acts is None else F.pad(lora_acts, (0, 0, 0, PACKED_ROWS - num_rows))
             attend = _WithoutPadding(attend, num_rows)
         x = self.embedding(tokens)
         if self._frequencies.device != x.device:
             self._frequencies = self._frequencies.to(x.device)
         cos, sin = rotation(positions, self._frequencies, self._rope_scale, x.dtype)
         scale = query_scale(self.config.rope, positions, x.dtype)
-        if lora_rows is None or len(lora_rows) == 0:
+        acts: Tensor | None = None
+        if lora is not None and lora_acts is not None:
+            acts = lora_acts
+            if lora.mask_embedding is not None:
+                x = torch.where(acts, lora.mask_embedding.to(x.dtype), x)
+        elif lora_rows is None or len(lora_rows) == 0:
             lora = lora_rows = None
         elif lora is not None and lora.mask_embedding is not None:
             x = x.index_copy(0, lora_rows, lora.mask_embedding.to(x.dtype).expand(len(lora_rows), -1))
         if lora_rows is not None and len(lora_rows) == len(x):
             lora_rows = None  # all of them: no gathering and scattering
-        acts = None
         if lora is not None and lora.is_trained and lora_rows is not None:
             acts = x.new_zeros(len(x), 1).index_fill_(0, lora_rows, 1)
         for layer in self.layers:
@@ -177,9 +188,11 @@ class Transformer(nn.Module):
         """Scores of every token, in the model's dtype."""
         return self.head(hidden)
 
-    def load(self, tensors: Iterable[tuple[str, Tensor]], *, pack: bool = True) -> None:
+    def load(self, tensors: Iterable[tuple[str, Tensor]], *, pack: bool = True, quantize: bool = False) -> None:
         """Take these tensors as the parameters, one at a time, packing each for the CPU as it comes: the peak is the model and
-        one tensor. Raises CheckpointError for a missing, unknown or misshapen one."""
+        one tensor. quantize: hold the layers' linear maps in int8, all but the head.
+
+        Raises CheckpointError for a missing, unknown or misshapen one."""
         missing = dict(self.named_parameters(remove_duplicate=True))
         missing.pop("head.weight", None) if self.config.tied_head else None
         for name, tensor in tensors:
@@ -194,8 +207,12 @@ class Transformer(nn.Module):
                 self.head.weight = self.embedding.weight  # pyright: ignore[reportAttributeAccessIssue]
                 if pack:
                     self.head.pack()
-            if pack and isinstance(owner, Linear) and attribute == "weight":
-                owner.pack()
+            if isinstance(owner, Linear) and attribute == "weight":
+                if quantize and owner is not self.head:
+                    owner.quantize()
+                elif pack:
+                    owner.pack()
+        self._frequencies = self._frequencies.to(self.embedding.weight.device)
         if missing:
             raise CheckpointError(f"The checkpoint lacks {', '.join(sorted(missing)[:5])} ({len(missing)} in all).")
 
