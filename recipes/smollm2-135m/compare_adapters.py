@@ -60,8 +60,10 @@ def main(prompts, each, adapters):
     trained = []
     for path in adapters:
         stored = open_adapter(Path(path), checkpoint.config)
-        parameters = AdapterParameters(transformer, rank=stored.rank, alpha=stored.read().scale * stored.rank)
-        parameters.take(stored.read())
+        lora = stored.read()
+        width = 0 if lora.successor is None else len(lora.successor.inner)
+        parameters = AdapterParameters(transformer, rank=stored.rank, alpha=lora.scale * stored.rank, successor=width)
+        parameters.take(lora)
         trained.append(TrainableModel(transformer, parameters).eval())
     sums = defaultdict(Counter)
     for record, prompt, answer in zip(records, ids, answers, strict=True):
