@@ -12,10 +12,12 @@ import json
 import statistics
 import time
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import torch
 
+from trimode.checkpoint.presets import published_sizes
 from trimode.model.attention import Span
 from trimode.model.config import ModelConfig, RopeConfig
 from trimode.model.forward import Inputs
@@ -28,15 +30,12 @@ CACHED = 256
 
 def shape(num_layers: int) -> ModelConfig:
     """Nemotron-Labs-Diffusion 3B."""
-    return ModelConfig(
+    sizes = published_sizes("nvidia/Nemotron-Labs-Diffusion-3B")
+    assert sizes is not None
+    return replace(
+        sizes,
         family="nemotron_labs_diffusion",
-        vocab_size=131_072,
-        width=3072,
-        mlp_width=9216,
         num_layers=num_layers,
-        num_heads=32,
-        num_kv_heads=8,
-        head_size=128,
         rope=RopeConfig(theta=1e6),
         max_positions=4096,
         mask_token_id=100,

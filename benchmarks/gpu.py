@@ -15,12 +15,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trimode.checkpoint.presets import published_sizes
 from trimode.engine.language_model import LanguageModel
 from trimode.model.attention import Span
 from trimode.model.cache import KeyValueCache
@@ -42,17 +44,13 @@ ADAPTER_RANK = 128
 """Of the published drafters, which act on the attention's output projection."""
 
 
-def published(width: int, mlp_width: int, num_layers: int) -> ModelConfig:
-    """A Nemotron-Labs-Diffusion checkpoint of these sizes."""
-    return ModelConfig(
+def published(size: str) -> ModelConfig:
+    """The Nemotron-Labs-Diffusion checkpoint of this size."""
+    sizes = published_sizes(f"nvidia/Nemotron-Labs-Diffusion-{size}")
+    assert sizes is not None
+    return replace(
+        sizes,
         family="nemotron_labs_diffusion",
-        vocab_size=131_072,
-        width=width,
-        mlp_width=mlp_width,
-        num_layers=num_layers,
-        num_heads=32,
-        num_kv_heads=8,
-        head_size=128,
         rope=RopeConfig(theta=1e6, kind="yarn", factor=16.0, original_max_positions=16_384, llama4_beta=0.1),
         max_positions=262_144,
         mask_token_id=100,
@@ -62,9 +60,9 @@ def published(width: int, mlp_width: int, num_layers: int) -> ModelConfig:
 
 
 SHAPES = {
-    "3b": published(3072, 9216, 26),
-    "8b": published(4096, 14336, 34),
-    "14b": published(5120, 16384, 40),
+    "3b": published("3B"),
+    "8b": published("8B"),
+    "14b": published("14B"),
     "tiny": ModelConfig(
         family="nemotron_labs_diffusion",
         vocab_size=512,
