@@ -9,6 +9,7 @@ SOURCES = [
     "packing",
     "successor",
     "threads",
+    "kernels_amx",
     "kernels_avx512vnni",
     "kernels_avxvnni",
     "kernels_avx2",

@@ -18,6 +18,7 @@ __all__ = [
     "available_bytes",
     "check_memory",
     "forget_peak",
+    "has_tiles",
     "memory_bytes",
     "native_kernels",
     "peak_memory",
@@ -87,6 +88,11 @@ def check_memory(name: str, num_bytes: int) -> None:
             f"The weights of {name} take {num_bytes / 1e9:.1f} GB in this dtype, and this machine has {has / 1e9:.1f} GB. "
             f"Use a narrower dtype or a smaller model; see trimode info."
         )
+
+
+def has_tiles() -> bool:
+    """Whether the native engine multiplies tiles of integers here; its int8 weights are then laid out for them."""
+    return native_kernels()[:1] == ["amx"]
 
 
 def native_kernels() -> list[str]:

@@ -9,7 +9,7 @@ from trimode.model.native import BLOCKS, GROUP, kernel_names, new_matrix
 
 pytestmark = pytest.mark.skipif(not kernel_names(), reason="the engine was not built")
 
-KINDS = ("float32", "bfloat16", "u8", "u4")
+KINDS = ("float32", "bfloat16", "u8", "s8", "u4")
 OUTPUTS, INPUTS = 72, 160
 """Half a panel behind two pairs of them, and an odd number of groups."""
 
@@ -35,8 +35,24 @@ def rounded_to_8_bits(x: np.ndarray) -> np.ndarray:
     return seen.reshape(len(x), -1)[:, : x.shape[1]]
 
 
+def rounded_to_14_bits(x: np.ndarray) -> np.ndarray:
+    """The same for signed weights: one scale a row."""
+    most = np.abs(x).max(-1, keepdims=True)
+    inverse = np.divide(np.float32(16256), most, out=np.zeros_like(most), where=most > 0)
+    return np.rint(x * inverse).astype(np.float64) * (most / np.float32(16256))
+
+
+@pytest.mark.skipif(kernel_names()[0] != "amx", reason="this processor has no tiles of integers")
+@pytest.mark.parametrize("inputs", [77, 576, 1536])
+def test_tiles_give_the_bits_of_the_other_kernels(inputs: int) -> None:
+    rng = np.random.default_rng(inputs)
+    matrix = random_matrix("s8", inputs, rng)
+    x = rng.normal(size=(21, inputs)).astype(np.float32)
+    np.testing.assert_array_equal(matrix.multiply(x, "amx"), matrix.multiply(x, "avx512vnni"))
+
+
 @pytest.mark.parametrize("kernels", kernel_names())
-@pytest.mark.parametrize(("kind", "inputs"), [(kind, INPUTS) for kind in KINDS] + [(kind, 77) for kind in KINDS[:3]])
+@pytest.mark.parametrize(("kind", "inputs"), [(kind, INPUTS) for kind in KINDS] + [(kind, 77) for kind in KINDS[:4]])
 def test_a_product_is_numpys_and_a_row_the_same_bits_in_any_company(kernels: str, kind: str, inputs: int) -> None:
     rng = np.random.default_rng(inputs)
     matrix = random_matrix(kind, inputs, rng)
@@ -44,7 +60,7 @@ def test_a_product_is_numpys_and_a_row_the_same_bits_in_any_company(kernels: str
     x = rng.normal(size=(40, inputs)).astype(np.float32)
     x[3] = 0
     x[5, :GROUP] *= 1000
-    seen = rounded_to_8_bits(x) if kind in ("u8", "u4") else x.astype(np.float64)
+    seen = {"u8": rounded_to_8_bits, "u4": rounded_to_8_bits, "s8": rounded_to_14_bits}.get(kind, np.float64)(x)
     # float sums err by some units in the last place of what is added, not of the sum
     tolerance = 2e-6 * (np.abs(seen) @ np.abs(weights).T) + 1e-6
     alone = np.concatenate([matrix.multiply(x[i : i + 1], kernels) for i in range(len(x))])

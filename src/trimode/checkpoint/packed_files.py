@@ -2,13 +2,15 @@
 
 `model.safetensors` says `{"format": "trimode-int8-v1"}` in its metadata and holds, by trimode's names, each matrix as bytes
 [panels, bytes of a panel] with its kind behind its name (`layers.0.qkv.weight.u8`), then norms and biases in float32. A panel is 16
-outputs; 32 inputs of an output are a group:
+outputs; 32 inputs of an output are a group, in s8 192:
 
     u8   [groups][8][16][4] bytes q, then half-precision scales d [groups][16]:  w = d (q - 128)
     u4   [groups][4][16][4] bytes of two q (inputs 8 s + j in the low half, 8 s + 4 + j in the high one), then d [groups][16] and
          m [groups][16]:  w = d q + m
+    s8   [steps of 4 inputs][16][4] signed bytes q, then d [groups][16]:  w = d q
 
-Inputs are padded to a multiple of 32, outputs to one of 16, panels to 64 bytes. The metadata also keeps the base's fingerprint, so
+s8 is for processors with tiles of integers (AMX) and is what they write; each kind runs on each processor. Inputs are padded to a
+multiple of 32, in s8 64, outputs to one of 16, panels to 64 bytes. The metadata also keeps the base's fingerprint, so
 that an adapter of another base is refused. `config.json` names the format as its quantization_config: other programs refuse it.
 """
 
@@ -43,21 +45,29 @@ __all__ = [
 
 FORMAT = "trimode-int8-v1"
 
-GROUP, LANES = 32, 16
-_Q_BYTES = {"u8": GROUP * LANES, "u4": GROUP * LANES // 2}
-_SCALE_BYTES = {"u8": 2 * LANES, "u4": 4 * LANES}
+LANES = 16
+_GROUPS = {"u8": 32, "u4": 32, "s8": 192}
+_SCALE_BYTES = {"u8": 2 * LANES, "u4": 4 * LANES, "s8": 2 * LANES}
 _PANELS_AT_ONCE = 64
 
 
-def kind_of(encodings: Iterable[str]) -> str:
-    """What a matrix of parts stored like this becomes: 4 bits that a GGUF file has stay 4 bits."""
-    return "u4" if set(encodings) <= {"Q4_0", "Q4_1"} else "u8"
+def kind_of(encodings: Iterable[str], *, tiles: bool) -> str:
+    """What a matrix of parts stored like this becomes: 4 bits that a GGUF file has stay 4 bits; else s8 where the processor has tiles of
+    integers."""
+    return "u4" if set(encodings) <= {"Q4_0", "Q4_1"} else "s8" if tiles else "u8"
 
 
 def panel_bytes(kind: str, num_inputs: int) -> int:
     """Bytes of 16 outputs."""
-    num_groups = -(-num_inputs // GROUP)
-    return -(-num_groups * (_Q_BYTES[kind] + _SCALE_BYTES[kind]) // 64) * 64
+    weights, num_groups = _weight_bytes(kind, num_inputs)
+    return -(-(weights + num_groups * _SCALE_BYTES[kind]) // 64) * 64
+
+
+def _weight_bytes(kind: str, num_inputs: int) -> tuple[int, int]:
+    """Bytes of a panel before its scales, and how many groups these are of."""
+    padded_to = 64 if kind == "s8" else 32
+    padded = -(-num_inputs // padded_to) * padded_to
+    return padded * LANES // (2 if kind == "u4" else 1), -(-padded // _GROUPS[kind])
 
 
 def packed_bytes(kind: str, shape: tuple[int, ...]) -> int:
@@ -70,7 +80,7 @@ class PackedMatrix:
     """One matrix in the mapped file."""
 
     kind: str
-    """u8 or u4."""
+    """u8, u4 or s8."""
     shape: tuple[int, int]
     """Outputs and inputs."""
     stored: StoredTensor
@@ -80,20 +90,25 @@ class PackedMatrix:
         import numpy as np
 
         outputs, inputs = self.shape
-        groups = -(-inputs // GROUP)
         panels = panels.reshape(-1, panel_bytes(self.kind, inputs))
-        num_q = groups * _Q_BYTES[self.kind]
+        num_q, groups = _weight_bytes(self.kind, inputs)
         for first in range(0, len(panels), _PANELS_AT_ONCE):
             here = panels[first : first + _PANELS_AT_ONCE]
             n = len(here)
             halves = here[:, num_q : num_q + groups * _SCALE_BYTES[self.kind]].copy().view("<f2")
             halves = halves.astype(np.float32).reshape(n, -1, groups, LANES)
-            q = here[:, :num_q].reshape(n, groups, -1, LANES, 4)
+            # of each step of four inputs
+            halves = halves.repeat(_GROUPS[self.kind] // 4, axis=2)
+            q = here[:, :num_q].reshape(n, -1, LANES, 4)
             if self.kind == "u4":
-                q = np.stack((q & 15, q >> 4), axis=3).reshape(n, groups, GROUP // 4, LANES, 4)
-            weights = q.astype(np.float32) * halves[:, 0, :, None, :, None]
-            weights += (halves[:, 1] if self.kind == "u4" else -128 * halves[:, 0])[:, :, None, :, None]
-            rows = weights.transpose(0, 3, 1, 2, 4).reshape(n * LANES, groups * GROUP)
+                q = np.stack((q & 15, q >> 4), axis=2).reshape(n, -1, LANES, 4)
+            if self.kind == "s8":
+                q = q.view(np.int8)
+            halves = halves[:, :, : q.shape[1], :, None]
+            weights = q.astype(np.float32) * halves[:, 0]
+            if self.kind != "s8":
+                weights += halves[:, 1] if self.kind == "u4" else -128 * halves[:, 0]
+            rows = weights.transpose(0, 2, 1, 3).reshape(n * LANES, -1)
             yield first * LANES, rows[: outputs - first * LANES, :inputs]
 
 
@@ -170,7 +185,7 @@ def open_packed(path: Path, config: ModelConfig) -> PackedFile:
             vectors[fused.name] = stored
             continue
         outputs, inputs = fused.shape
-        kind = "u4" if f"{fused.name}.u4" in tensors else "u8"
+        kind = next((kind for kind in _GROUPS if f"{fused.name}.{kind}" in tensors), "u8")
         stored = _taken(tensors, path, f"{fused.name}.{kind}")
         _check(path, stored, "U8", (-(-outputs // LANES), panel_bytes(kind, inputs)))
         matrices[fused.name] = PackedMatrix(kind=kind, shape=(outputs, inputs), stored=stored)
@@ -197,7 +212,7 @@ def write_packed(path: Path, config: ModelConfig, weights: Iterable[tuple[str, A
     """Write packed matrices and float32 vectors, one at a time, by trimode's names: what `packing.packed_weights` gives."""
     import numpy as np
 
-    metadata = {"format": FORMAT, "group": str(GROUP), "lanes": str(LANES), "base": json.dumps(dict(base))}
+    metadata = {"format": FORMAT, "lanes": str(LANES), "base": json.dumps(dict(base))}
     vectors: list[tuple[str, np.ndarray]] = []
     with ShardWriter(path, room_for=len(layout(config)), metadata=metadata) as writer:
         for name, value in weights:

@@ -9,6 +9,7 @@ import torch
 from trimode.checkpoint.names import Fused, layout
 from trimode.checkpoint.packed_files import kind_of
 from trimode.checkpoint.store import Checkpoint
+from trimode.device import has_tiles
 from trimode.model.native import BLOCKS, Precision, borrowed_matrix, new_matrix
 
 __all__ = ["packed_weights"]
@@ -58,7 +59,8 @@ def _matrix(checkpoint: Checkpoint, fused: Fused, precision: Precision) -> Any:
     # few bits stay as they are stored: the very numbers in float32 too, in a fifth of the bytes
     is_few = encodings <= {"Q4_0", "Q4_1"} or encodings == {"Q8_0"}
     as_it_is = is_few and precision != "bfloat16"
-    kind = kind_of(encodings) if as_it_is or precision == "int8" else precision
+    is_int8 = precision == "int8"
+    kind = kind_of(encodings, tiles=is_int8 and has_tiles()) if as_it_is or is_int8 else precision
     matrix = new_matrix(kind, *fused.shape)
     first = 0
     for stored, num_rows in parts:

@@ -33,6 +33,7 @@ from trimode.checkpoint.safetensors_files import INDEX, SINGLE, read_directory, 
 from trimode.checkpoint.safetensors_writer import ENCODINGS, ShardWriter
 from trimode.checkpoint.stored import BLOCKS, StoredTensor, listed
 from trimode.checkpoint.tuning_files import GENERATION, read_auto
+from trimode.device import has_tiles
 from trimode.errors import CheckpointError, CheckpointNotFoundError, nearest
 from trimode.model.config import ModelConfig
 
@@ -292,8 +293,9 @@ def _int8_bytes(checkpoint: Checkpoint) -> int:
     """Of the weights as the native engine packs them."""
     if checkpoint.packed is not None:
         return checkpoint.packed.num_bytes
+    tiles = has_tiles()
     return sum(
-        packed_bytes(kind_of(checkpoint.stored[part].encoding for part, _ in fused.parts), fused.shape)
+        packed_bytes(kind_of((checkpoint.stored[part].encoding for part, _ in fused.parts), tiles=tiles), fused.shape)
         for fused in layout(checkpoint.config)
     )
 

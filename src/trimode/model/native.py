@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trimode.device import NATIVE_MISSING
+from trimode.device import NATIVE_MISSING, has_tiles
 from trimode.model.config import ModelConfig
 from trimode.model.forward import Answers, Cache, Inputs
 from trimode.model.lora import Lora
@@ -50,8 +50,10 @@ WHY_MISSING = NATIVE_MISSING
 Precision = Literal["float32", "bfloat16", "int8"]
 
 GROUP = 32
-"""Inputs of an output that share a scale."""
-FORMATS = {"float32": 0, "bfloat16": 1, "u8": 2, "u4": 3}
+"""Inputs of an output that share a scale; 192 in s8."""
+DEPTH = 64
+"""What the inputs of a matrix may be padded to."""
+FORMATS = {"float32": 0, "bfloat16": 1, "u8": 2, "u4": 3, "s8": 4}
 BLOCKS = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 8}
 MOST = 1 << 28
 """The engine's limit of any one size."""
@@ -239,10 +241,10 @@ class NativeForward:
                 found = [(part, *lora.factors[layer, part]) for part in parts if (layer, part) in lora.factors]
                 if not found:
                     continue
-                # each part's low numbers begin at a group of their own
+                # each part's low numbers begin where a matrix may
                 columns = [0]
                 for _, A, _ in found:
-                    columns.append(columns[-1] + (A.shape[0] + GROUP - 1) // GROUP * GROUP)
+                    columns.append(columns[-1] + -(-A.shape[0] // DEPTH) * DEPTH)
                 stacked = torch.zeros(columns[-1], found[0][1].shape[1])
                 offsets = {part: sum(widths[p] for p in parts[:i]) for i, part in enumerate(parts)}
                 packed = []
@@ -260,7 +262,7 @@ class NativeForward:
 
     def _packed(self, weight: Tensor, stored: torch.dtype, *, rounded: bool = True) -> Any:
         is_integer = rounded and self.precision == "int8"
-        kind = "u8" if is_integer else "bfloat16" if stored == torch.bfloat16 else "float32"
+        kind = ("s8" if has_tiles() else "u8") if is_integer else "bfloat16" if stored == torch.bfloat16 else "float32"
         matrix = new_matrix(kind, *weight.shape)
         matrix.pack_floats(0, weight.float().contiguous().numpy())
         self._kept.append(matrix)

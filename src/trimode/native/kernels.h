@@ -10,15 +10,18 @@ namespace trimode {
 
 constexpr int kLanes = 16;   // outputs of a panel
 constexpr int kGroup = 32;   // inputs that share a scale
+constexpr int kDepth = 64;       // inputs that a tile of integers takes
+constexpr int kWideGroup = 3 * kDepth;  // inputs that share a scale in s8
 
-enum class Format : int { f32 = 0, bf16 = 1, u8 = 2, u4 = 3 };
+enum class Format : int { f32 = 0, bf16 = 1, u8 = 2, u4 = 3, s8 = 4 };
 
 // y = W x, W cut into panels of 16 outputs. A panel is
 //   f32:  [inputs][16] floats
 //   bf16: [inputs / 2][16][2]
 //   u8:   [groups][8][16][4] bytes of w / d + 128, then [groups][16] half-precision d
 //   u4:   [groups][4][16][4] bytes of two steps of 4 inputs (low nibbles first), then [groups][16] half d, [groups][16] half m: w = d q + m
-// Inputs are padded with zeros to a multiple of 32, outputs to a multiple of 16, panels to 64 bytes.
+//   s8:   [steps of 4 inputs][16][4] signed bytes of w / d, then [groups of 192 inputs, the last perhaps shorter][16] half d
+// Inputs are padded with zeros to a multiple of 32, in s8 64, outputs to a multiple of 16, panels to 64 bytes.
 struct Matrix {
   Format format = Format::f32;
   int num_outputs = 0;
@@ -27,19 +30,25 @@ struct Matrix {
   int num_panels = 0;
   size_t panel_bytes = 0;
   const uint8_t* data = nullptr;
-  int num_groups() const { return padded_inputs / kGroup; }
+  int group() const { return format == Format::s8 ? kWideGroup : kGroup; }
+  int num_groups() const { return (padded_inputs + group() - 1) / group(); }
 };
 
-// Rows of activations: floats, and the same in int8 with one scale a group.
+// How a product rounds its activations. groups: to int8 with a scale for each 32, for u8 and u4. digits: to 14 bits with one scale a row,
+// q = 128 high + low, two digits of int8 each, for s8: the products of both are whole numbers, and no input of a group spoils the others.
+enum class Rounding { none, groups, digits };
+
+// Rows of activations: floats, and the same rounded.
 struct Rows {
   const float* values = nullptr;  // [rows][stride]
   size_t stride = 0;
-  const int8_t* quantized = nullptr;  // [rows][padded_inputs]
+  Rounding rounding = Rounding::none;
+  const int8_t* quantized = nullptr;  // [rows][padded_inputs]; digits: [rows][high, low][padded_inputs]
   size_t quantized_stride = 0;
-  const float* scales = nullptr;  // [rows][groups]
+  const float* scales = nullptr;  // [rows][groups]; digits: [rows]
   const float* sums = nullptr;    // [rows][groups] scale * sum of the group
-  const int32_t* biases = nullptr;  // [rows][groups] -128 * sum of the group
-  size_t group_stride = 0;
+  const int32_t* biases = nullptr;  // [rows][groups] -128 * sum of the group; digits: [rows][high, low][each 64]
+  size_t scale_stride = 0, group_stride = 0;  // from row to row of the scales; of sums and biases
 };
 
 struct Output {
@@ -53,17 +62,17 @@ struct Output {
 // T: float, or uint16_t for halves
 template <typename T>
 struct AttentionTask {
-  const float* queries;  // [num_rows] at query_stride, already scaled
+  const float* queries;  // [own inputs] at query_stride, [num_heads][head], already scaled
   size_t query_stride;
-  float* out;  // [num_rows] at out_stride
+  float* out;  // the same at out_stride
   size_t out_stride;
-  int num_rows;
+  int num_heads;  // that share keys; row r is head r % num_heads of input r / num_heads
+  int first_row, num_rows;
   const T* keys;    // [blocks of 16 positions][head][16]
   const T* values;  // [positions][head padded to 16]
   int head;
   int num_cached;  // positions that every row sees
   int num_own;     // positions after them: the step's own inputs
-  int first_row;   // of the rows, among the step's own inputs
   const uint8_t* visible;  // [num_own][num_own]; null: causal
   float* scores;   // scratch, [8][num_cached + num_own, padded to 16]
 };
@@ -73,6 +82,7 @@ struct Kernels {
   // panels [from, to) of a product
   void (*multiply)(const Matrix&, int from, int to, const Rows&, int num_rows, const Output&);
   void (*quantize)(const float* x, int padded, int8_t* q, float* scales, float* sums, int32_t* biases);
+  void (*quantize_digits)(const float* x, int padded, int8_t* q, float* scale, int32_t* biases);
   // out = x / rms(x) * weight; all of `size` floats
   void (*rms_norm)(const float* x, const float* weight, int size, float eps, float* out);
   void (*silu_times)(const float* gate, const float* up, int size, float* out);
@@ -88,6 +98,7 @@ struct Kernels {
   float (*sum_exp)(const float* x, int size, float maximum);  // of e^(x - maximum)
 };
 
+const Kernels* kernels_amx();
 const Kernels* kernels_avx512vnni();
 const Kernels* kernels_avxvnni();
 const Kernels* kernels_avx2();

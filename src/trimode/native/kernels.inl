@@ -155,6 +155,48 @@ void block_int(const Matrix& m, int panel, const Rows& x, int row, const Output&
     for (int r = 0; r < R; ++r) put(out, row + r, panel + p, acc[p][r]);
 }
 
+inline int lesser(int a, int b) { return a < b ? a : b; }
+
+// Signed weights, rows in two digits. What kernels for tiles of integers do in other ways, bit for bit.
+template <int R>
+void block_digits(const Matrix& m, int panel, const Rows& x, int row, const Output& out) {
+  constexpr int kTileBytes = kDepth * kLanes;
+  const int tiles = m.padded_inputs / kDepth;
+  const uint8_t* w = m.data + (size_t)panel * m.panel_bytes;
+  const uint16_t* d = (const uint16_t*)(w + (size_t)tiles * kTileBytes);
+  Floats acc[R];
+  const int8_t *high[R], *low[R];
+  const int32_t* biases[R];
+  for (int r = 0; r < R; ++r) {
+    acc[r] = zero();
+    high[r] = x.quantized + (size_t)(row + r) * x.quantized_stride;
+    low[r] = high[r] + x.quantized_stride / 2;
+    biases[r] = x.biases + (size_t)(row + r) * x.group_stride;
+  }
+  for (int g = 0, tile = 0; tile < tiles; ++g) {
+    Ints a[R], b[R];
+    for (int r = 0; r < R; ++r) a[r] = b[r] = all_ints(0);
+    for (const int end = lesser(tiles, tile + kWideGroup / kDepth); tile < end; ++tile) {
+      if (kBiasInSum)
+        for (int r = 0; r < R; ++r) {
+          a[r] = add(a[r], all_ints(biases[r][tile]));
+          b[r] = add(b[r], all_ints(biases[r][x.group_stride / 2 + tile]));
+        }
+      for (int s = 0; s < kDepth / 4; ++s) {
+        const Bytes weights = flipped(load_bytes(w + (size_t)tile * kTileBytes + (size_t)s * 4 * kLanes));
+        for (int r = 0; r < R; ++r) {
+          a[r] = dot<true>(a[r], weights, four_bytes(high[r] + (size_t)tile * kDepth + s * 4));
+          b[r] = dot<true>(b[r], weights, four_bytes(low[r] + (size_t)tile * kDepth + s * 4));
+        }
+      }
+    }
+    const Floats scale = load_halves(d + (size_t)g * kLanes);
+    // both are whole numbers below 2^24, so that this rounds their exact sum once
+    for (int r = 0; r < R; ++r) acc[r] = fma(fma(to_floats(a[r]), all(128.0f), to_floats(b[r])), scale, acc[r]);
+  }
+  for (int r = 0; r < R; ++r) put(out, row + r, panel, mul(acc[r], all(x.scales[row + r])));
+}
+
 // four inputs of P panels: weights back to floats, then as in block_f32
 template <int R, int P, int J>
 inline void add_inputs(Floats (&acc)[P][R], const Bytes (&four)[P], const Floats (&scale)[P], const Floats (&least)[P],
@@ -172,10 +214,11 @@ inline void add_inputs(Floats (&acc)[P][R], const Bytes (&four)[P], const Floats
 }
 
 // weights of few bits, activations in float32: the very numbers, and a fifth of the bytes to read
-template <int R, int P, bool kNibbles>
+template <int R, int P, Format kFormat>
 void block_widened(const Matrix& m, int panel, const Rows& x, int row, const Output& out) {
-  constexpr int kSteps = kGroup / 4;
-  constexpr int kGroupBytes = kNibbles ? kGroup * kLanes / 2 : kGroup * kLanes;
+  constexpr bool kNibbles = kFormat == Format::u4;
+  constexpr int kInputs = kFormat == Format::s8 ? kWideGroup : kGroup;
+  constexpr int kGroupBytes = kInputs * kLanes / (kNibbles ? 2 : 1);
   const int groups = m.num_groups();
   Floats acc[P][R];
   for (int p = 0; p < P; ++p)
@@ -187,20 +230,21 @@ void block_widened(const Matrix& m, int panel, const Rows& x, int row, const Out
     const uint8_t* w[P];
     for (int p = 0; p < P; ++p) {
       const uint8_t* begin = m.data + (size_t)(panel + p) * m.panel_bytes;
-      const uint16_t* d = (const uint16_t*)(begin + (size_t)groups * kGroupBytes);
+      const uint16_t* d = (const uint16_t*)(begin + (size_t)m.padded_inputs * kLanes / (kNibbles ? 2 : 1));
       w[p] = begin + (size_t)g * kGroupBytes;
       scale[p] = load_halves(d + (size_t)g * kLanes);
       least[p] = kNibbles ? load_halves(d + (size_t)(groups + g) * kLanes) : mul(scale[p], all(-128.0f));
     }
-    for (int s = 0; s < kSteps; s += kNibbles ? 2 : 1) {
+    const int steps = lesser(kInputs, m.padded_inputs - g * kInputs) / 4;
+    for (int s = 0; s < steps; s += kNibbles ? 2 : 1) {
       Bytes first[P], second[P];
       for (int p = 0; p < P; ++p) {
         const Bytes packed = load_bytes(w[p] + (size_t)s * 4 * kLanes / (kNibbles ? 2 : 1));
-        first[p] = kNibbles ? low_nibbles(packed) : packed;
+        first[p] = kNibbles ? low_nibbles(packed) : kFormat == Format::s8 ? flipped(packed) : packed;
         if (kNibbles) second[p] = high_nibbles(packed);
       }
-      add_inputs<R, P, 0>(acc, first, scale, least, rows, (size_t)g * kGroup + s * 4);
-      if constexpr (kNibbles) add_inputs<R, P, 0>(acc, second, scale, least, rows, (size_t)g * kGroup + s * 4 + 4);
+      add_inputs<R, P, 0>(acc, first, scale, least, rows, (size_t)g * kInputs + s * 4);
+      if constexpr (kNibbles) add_inputs<R, P, 0>(acc, second, scale, least, rows, (size_t)g * kInputs + s * 4 + 4);
     }
   }
   for (int p = 0; p < P; ++p)
@@ -213,11 +257,14 @@ void block_of(const Matrix& m, int panel, const Rows& x, int row, const Output& 
     case Format::f32: return block_f32<R, P>(m, panel, x, row, out);
     case Format::bf16: return block_bf16<R, P>(m, panel, x, row, out);
     case Format::u8:
-      if (x.quantized == nullptr) return block_widened<R, P, false>(m, panel, x, row, out);
+      if (x.rounding == Rounding::none) return block_widened<R, P, Format::u8>(m, panel, x, row, out);
       return block_int<R, P, false>(m, panel, x, row, out, ahead);
     case Format::u4:
-      if (x.quantized == nullptr) return block_widened<R, P, true>(m, panel, x, row, out);
+      if (x.rounding == Rounding::none) return block_widened<R, P, Format::u4>(m, panel, x, row, out);
       return block_int<R, P, true>(m, panel, x, row, out, ahead);
+    case Format::s8:
+      if (x.rounding == Rounding::none) return block_widened<R, P, Format::s8>(m, panel, x, row, out);
+      for (int p = 0; p < P; ++p) block_digits<R>(m, panel + p, x, row, out);
   }
 }
 
@@ -241,7 +288,18 @@ void panels_of(const Matrix& m, int panel, int to, const Rows& x, int num_rows, 
   }
 }
 
+#ifdef TRIMODE_TILES
+}  // namespace
+}  // namespace trimode
+#include "tiles_amx.h"
+namespace trimode {
+namespace {
+#endif
+
 void multiply(const Matrix& m, int from, int to, const Rows& x, int num_rows, const Output& out) {
+#ifdef TRIMODE_TILES
+  if (m.format == Format::s8 && x.rounding == Rounding::digits) return multiply_tiles(m, from, to, x, num_rows, out);
+#endif
   int panel = from;
   for (; panel + kPanels <= to; panel += kPanels) panels_of<kPanels>(m, panel, to, x, num_rows, out);
   for (; panel < to; ++panel) panels_of<1>(m, panel, to, x, num_rows, out);
@@ -262,6 +320,27 @@ void quantize(const float* x, int padded, int8_t* q, float* scales, float* sums,
     sums[g] = scales[g] * (float)total;
     biases[g] = -128 * total;
   }
+}
+
+void quantize_digits(const float* x, int padded, int8_t* q, float* scale, int32_t* biases) {
+  Floats lanes = zero();
+  for (int k = 0; k < padded; k += kLanes) lanes = max(lanes, absolute(load(x + k)));
+  const float most = greatest(lanes);
+  const Floats inverse = all(most > 0.0f ? 16256.0f / most : 0.0f);
+  for (int tile = 0; tile < padded / kDepth; ++tile) {
+    Ints highs = all_ints(0), lows = all_ints(0);
+    for (int k = tile * kDepth; k < (tile + 1) * kDepth; k += kLanes) {
+      const Floats whole = rounded(mul(load(x + k), inverse)), high = rounded(mul(whole, all(1.0f / 128.0f)));
+      const Ints a = to_ints(high), b = to_ints(sub(whole, mul(high, all(128.0f))));
+      store_bytes(q + k, a);
+      store_bytes(q + padded + k, b);
+      highs = add(highs, a);
+      lows = add(lows, b);
+    }
+    biases[tile] = -128 * sum(highs);
+    biases[padded / kDepth + tile] = -128 * sum(lows);
+  }
+  *scale = most / 16256.0f;
 }
 
 void rms_norm(const float* x, const float* weight, int size, float eps, float* out) {
@@ -333,19 +412,19 @@ inline int padded_to_lanes(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 // scores of R rows against 16 positions, one chain of additions a lane over the head
 template <int R, typename T>
-void score_block(const AttentionTask<T>& t, int row, int block, int stride) {
+void score_block(const AttentionTask<T>& t, const float* const (&queries)[R], int block, int stride) {
   Floats acc[R];
   for (int r = 0; r < R; ++r) acc[r] = zero();
   const T* keys = t.keys + (size_t)block * t.head * kLanes;
   for (int i = 0; i < t.head; ++i) {
     const Floats k = from_memory(keys + (size_t)i * kLanes);
-    for (int r = 0; r < R; ++r) acc[r] = fma(all(t.queries[(size_t)(row + r) * t.query_stride + i]), k, acc[r]);
+    for (int r = 0; r < R; ++r) acc[r] = fma(all(queries[r][i]), k, acc[r]);
   }
   for (int r = 0; r < R; ++r) store(t.scores + (size_t)r * stride + block * kLanes, acc[r]);
 }
 
 template <int R, int C, typename T>
-void weigh_values(const AttentionTask<T>& t, int row, int column, int num_positions, int stride, const float* totals) {
+void weigh_values(const AttentionTask<T>& t, float* const (&outs)[R], int column, int num_positions, int stride, const float* totals) {
   Floats acc[R][C];
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) acc[r][c] = zero();
@@ -364,22 +443,31 @@ void weigh_values(const AttentionTask<T>& t, int row, int column, int num_positi
       float lanes[kLanes];
       store(lanes, div(acc[r][c], all(totals[r])));
       const int left = t.head - column - c * kLanes;
-      __builtin_memcpy(t.out + (size_t)(row + r) * t.out_stride + column + c * kLanes, lanes,
+      __builtin_memcpy(outs[r] + column + c * kLanes, lanes,
                        (size_t)(left < kLanes ? left : kLanes) * 4);
     }
 }
 
 template <int R, typename T>
 void attend_rows(const AttentionTask<T>& t, int row) {
-  const int last = t.first_row + row + R - 1;
+  const int last = (row + R - 1) / t.num_heads;
   const int num_positions = t.num_cached + (t.visible ? t.num_own : last + 1);
   const int num_blocks = (num_positions + kLanes - 1) / kLanes;
   const int stride = num_blocks * kLanes;
-  for (int b = 0; b < num_blocks; ++b) score_block<R>(t, row, b, stride);
+  const float* queries[R];
+  float* outs[R];
+  int inputs[R];
+  for (int r = 0; r < R; ++r) {
+    inputs[r] = (row + r) / t.num_heads;
+    const size_t column = (size_t)((row + r) % t.num_heads) * t.head;
+    queries[r] = t.queries + inputs[r] * t.query_stride + column;
+    outs[r] = t.out + inputs[r] * t.out_stride + column;
+  }
+  for (int b = 0; b < num_blocks; ++b) score_block<R>(t, queries, b, stride);
   float totals[R];
   for (int r = 0; r < R; ++r) {
     float* scores = t.scores + (size_t)r * stride;
-    const int own = t.first_row + row + r;
+    const int own = inputs[r];
     for (int i = t.num_cached; i < stride; ++i) {
       const int key = i - t.num_cached;
       const bool sees = key < t.num_own && (t.visible ? t.visible[(size_t)own * t.num_own + key] != 0 : key <= own);
@@ -399,17 +487,18 @@ void attend_rows(const AttentionTask<T>& t, int row) {
   int column = 0;
   constexpr int kColumns = R > 4 ? 2 : 4;  // as many sums as stay in registers
   for (; column + kColumns * kLanes <= padded_to_lanes(t.head); column += kColumns * kLanes)
-    weigh_values<R, kColumns>(t, row, column, num_positions, stride, totals);
-  for (; column < t.head; column += kLanes) weigh_values<R, 1>(t, row, column, num_positions, stride, totals);
+    weigh_values<R, kColumns>(t, outs, column, num_positions, stride, totals);
+  for (; column < t.head; column += kLanes) weigh_values<R, 1>(t, outs, column, num_positions, stride, totals);
 }
 
 template <typename T>
 void attend(const AttentionTask<T>& t) {
-  int row = 0;
+  int row = t.first_row;
+  const int end = row + t.num_rows;
   if constexpr (kMaxRows >= 6)
-    for (; row + 8 <= t.num_rows; row += 8) attend_rows<8>(t, row);
-  for (; row + 4 <= t.num_rows; row += 4) attend_rows<4>(t, row);
-  switch (t.num_rows - row) {
+    for (; row + 8 <= end; row += 8) attend_rows<8>(t, row);
+  for (; row + 4 <= end; row += 4) attend_rows<4>(t, row);
+  switch (end - row) {
     case 3: attend_rows<3>(t, row); break;
     case 2: attend_rows<2>(t, row); break;
     case 1: attend_rows<1>(t, row); break;
@@ -450,8 +539,8 @@ float sum_exp(const float* x, int size, float maximum) {
 }
 
 const Kernels kKernels = {
-    TRIMODE_NAME,       multiply,          quantize,           rms_norm,             silu_times,        add_to,
-    rotate,             store_key<float>,  store_key<uint16_t>, store_value<float>,  store_value<uint16_t>,
+    TRIMODE_NAME,       multiply,          quantize,           quantize_digits,      rms_norm,          silu_times,
+    add_to,             rotate,             store_key<float>,  store_key<uint16_t>, store_value<float>,  store_value<uint16_t>,
     attend<float>,      attend<uint16_t>,  greatest_but,       sum_exp,
 };
 

@@ -92,6 +92,10 @@ inline Floats high_bf16(const uint8_t* p) {
 inline Bytes load_bytes(const uint8_t* p) {
   return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
 }
+inline Bytes flipped(Bytes x) {  // signed to unsigned: + 128
+  const __m256i flip = _mm256_set1_epi8((char)0x80);
+  return {_mm256_xor_si256(x.a, flip), _mm256_xor_si256(x.b, flip)};
+}
 inline Bytes low_nibbles(Bytes x) {
   const __m256i low = _mm256_set1_epi8(15);
   return {_mm256_and_si256(x.a, low), _mm256_and_si256(x.b, low)};

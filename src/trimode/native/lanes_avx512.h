@@ -48,6 +48,7 @@ inline Floats high_bf16(const uint8_t* p) {
   return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32((int)0xffff0000)))};
 }
 inline Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+inline Bytes flipped(Bytes b) { return {_mm512_xor_si512(b.v, _mm512_set1_epi8((char)0x80))}; }  // signed to unsigned: + 128
 inline Bytes low_nibbles(Bytes b) { return {_mm512_and_si512(b.v, _mm512_set1_epi8(15))}; }
 inline Bytes high_nibbles(Bytes b) { return {_mm512_and_si512(_mm512_srli_epi16(b.v, 4), _mm512_set1_epi8(15))}; }
 // of 16 groups of 4 unsigned bytes the J-th of each

@@ -77,6 +77,11 @@ inline Bytes load_bytes(const uint8_t* p) {
   std::memcpy(out.v, p, 64);
   return out;
 }
+inline Bytes flipped(const Bytes& b) {  // signed to unsigned: + 128
+  Bytes out;
+  for (int i = 0; i < 64; ++i) out.v[i] = b.v[i] ^ 0x80;
+  return out;
+}
 inline Bytes low_nibbles(const Bytes& b) {
   Bytes out;
   for (int i = 0; i < 64; ++i) out.v[i] = b.v[i] & 15;

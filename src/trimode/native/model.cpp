@@ -7,7 +7,7 @@
 namespace trimode {
 namespace {
 
-constexpr int kRowsOfTask = 16;    // queries of one head that an attention task takes
+constexpr int kRowsOfTask = 8;     // queries of heads that share their keys, in one attention task
 constexpr int kHeadPanels = 64;    // panels of the output head that are looked at together: 1,024 logits a row lie in the first cache
 constexpr int kTile = 192;         // rows that stay near while the panels pass
 
@@ -49,7 +49,7 @@ void Cache::copy_as(int source, int target, int count) {
 
 void Model::Floats2d::reserve(int rows, int columns) {
   // behind the last column zeros: products read whole groups. They stay zero, since nobody writes there anything else.
-  stride = (size_t)round_up(columns, kGroup);
+  stride = (size_t)round_up(columns, kDepth);
   // Behind the last row: what the alignment takes, and what an adapter's last panel reaches beyond it.
   const size_t needed = (size_t)rows * stride + 32;
   if (memory.size() < needed) memory.assign(needed, 0.0f);
@@ -83,52 +83,62 @@ void Model::each_row(int num_rows, int num_floats, const std::function<void(int)
   });
 }
 
-Rows Model::prepare(Floats2d& x, int num_rows, int num_inputs, bool quantized, Prepared& room) {
+Rows Model::prepare(Floats2d& x, int num_rows, int num_inputs, Rounding rounding, Prepared& room) {
   Rows rows;
   rows.values = x.values;
   rows.stride = x.stride;
-  if (!quantized) return rows;
-  const int padded = round_up(num_inputs, kGroup), groups = padded / kGroup;
-  room.memory.resize(std::max(room.memory.size(), (size_t)num_rows * padded + 64));
+  rows.rounding = rounding;
+  if (rounding == Rounding::none) return rows;
+  const bool digits = rounding == Rounding::digits;
+  const int group = digits ? kDepth : kGroup, padded = round_up(num_inputs, group), groups = padded / group;
+  rows.quantized_stride = (size_t)padded * (digits ? 2 : 1);
+  rows.group_stride = (size_t)groups * (digits ? 2 : 1);
+  rows.scale_stride = digits ? 1 : (size_t)groups;
+  // tiles read 8 rows at a time
+  room.memory.resize(std::max(room.memory.size(), (size_t)round_up(num_rows, 8) * rows.quantized_stride + 64));
   room.scales.resize(std::max(room.scales.size(), (size_t)num_rows * groups));
   room.sums.resize(room.scales.size());
-  room.biases.resize(room.scales.size());
+  room.biases.resize(std::max(room.biases.size(), (size_t)num_rows * rows.group_stride));
   room.quantized = room.memory.data();
   each_row(num_rows, padded, [&](int r) {
+    int8_t* q = room.quantized + (size_t)r * rows.quantized_stride;
+    int32_t* biases = &room.biases[(size_t)r * rows.group_stride];
     const size_t g = (size_t)r * groups;
-    kernels->quantize(x.row(r), padded, room.quantized + (size_t)r * padded, &room.scales[g], &room.sums[g], &room.biases[g]);
+    if (digits)
+      kernels->quantize_digits(x.row(r), padded, q, &room.scales[r], biases);
+    else
+      kernels->quantize(x.row(r), padded, q, &room.scales[g], &room.sums[g], biases);
   });
   rows.quantized = room.quantized;
-  rows.quantized_stride = (size_t)padded;
   rows.scales = room.scales.data();
   rows.sums = room.sums.data();
   rows.biases = room.biases.data();
-  rows.group_stride = (size_t)groups;
   return rows;
 }
 
 namespace {
 
-
 Rows from_row(Rows x, int row) {
   x.values += (size_t)row * x.stride;
-  if (x.quantized) {
-    x.quantized += (size_t)row * x.quantized_stride;
-    x.scales += (size_t)row * x.group_stride;
-    x.sums += (size_t)row * x.group_stride;
-    x.biases += (size_t)row * x.group_stride;
-  }
+  if (x.rounding == Rounding::none) return x;
+  x.quantized += (size_t)row * x.quantized_stride;
+  x.scales += (size_t)row * x.scale_stride;
+  if (x.rounding == Rounding::groups) x.sums += (size_t)row * x.group_stride;
+  x.biases += (size_t)row * x.group_stride;
   return x;
 }
 
-Rows from_column(Rows x, int column) {  // a multiple of the group
+Rows from_column(Rows x, int column) {  // a multiple of what inputs are padded to
   x.values += column;
-  if (x.quantized) {
-    x.quantized += column;
-    x.scales += column / kGroup;
-    x.sums += column / kGroup;
-    x.biases += column / kGroup;
+  if (x.rounding == Rounding::none) return x;
+  x.quantized += column;
+  if (x.rounding == Rounding::digits) {
+    x.biases += column / kDepth;
+    return x;
   }
+  x.scales += column / kGroup;
+  x.sums += column / kGroup;
+  x.biases += column / kGroup;
   return x;
 }
 
@@ -169,8 +179,8 @@ void Model::apply(Layer& layer, Place place, Floats2d& x, int num_rows, int num_
   const bool adapts = !adapted.empty() && group.a.is_set();
   const int n = (int)adapted.size(), rank = adapts ? group.a.matrix.num_outputs : 0;
   // where most rows are adapted, A takes all of them beside the base: one hand-over less, and no copy of the inputs
-  const bool together = adapts && 2 * n > num_rows && rounds(w) == rounds(group.a);
-  const Rows rows = prepare(x, num_rows, num_inputs, rounds(w), prepared_);
+  const bool together = adapts && 2 * n > num_rows && rounding(w) == rounding(group.a);
+  const Rows rows = prepare(x, num_rows, num_inputs, rounding(w), prepared_);
   const Product base{&w, rows, num_rows, {y.values, y.stride, nullptr, add, 1.0f}};
   if (together) {
     low_.reserve(num_rows, rank);
@@ -188,10 +198,10 @@ void Model::apply(Layer& layer, Place place, Floats2d& x, int num_rows, int num_
     picked_.reserve(n, num_inputs);
     for (int i = 0; i < n; ++i) std::memcpy(picked_.row(i), x.row(adapted[i]), picked_.stride * 4);
     low_.reserve(n, rank);
-    multiply({{&group.a, prepare(picked_, n, num_inputs, rounds(group.a), prepared_picked_), n,
+    multiply({{&group.a, prepare(picked_, n, num_inputs, rounding(group.a), prepared_picked_), n,
                {low_.values, low_.stride, nullptr, false, 1.0f}}});
   }
-  const Rows low = prepare(low_, n, rank, rounds(group.parts[0].b), prepared_low_);
+  const Rows low = prepare(low_, n, rank, rounding(group.parts[0].b), prepared_low_);
   std::vector<Product> parts;
   for (const AdapterPart& part : group.parts) {
     parts.push_back({&part.b, from_column(low, part.column), n,
@@ -265,28 +275,29 @@ void Model::attend(int index, Cache& cache, const std::vector<Span>& spans) {
   const int H = config.num_heads, K = config.head_size, shared = H / config.num_kv_heads;
   struct Piece {
     const Span* span;
-    int head, row;
+    int group, row;  // of the heads that share keys; of inputs times these heads
   };
   std::vector<Piece> pieces;
   size_t most = 0;
   for (const Span& s : spans) {
     most = std::max(most, (size_t)round_up(s.cached + s.length, kLanes));
-    for (int h = 0; h < H; ++h)
-      for (int row = 0; row < s.length; row += kRowsOfTask) pieces.push_back({&s, h, row});
+    for (int g = 0; g < config.num_kv_heads; ++g)
+      for (int row = 0; row < s.length * shared; row += kRowsOfTask) pieces.push_back({&s, g, row});
   }
   for (std::vector<float>& scores : scratch_)  // here, where no memory is an error that can be told
     if (scores.size() < 8 * most) scores.resize(8 * most);
   const auto work = [&](int i, int thread) {
-    const auto [span, head, row] = pieces[i];
+    const auto [span, group, row] = pieces[i];
     std::vector<float>& scores = scratch_[thread];
     AttentionTask<T> task;
-    task.queries = qkv_.row(span->start + row) + (size_t)head * K;
+    task.queries = qkv_.row(span->start) + (size_t)group * shared * K;
     task.query_stride = qkv_.stride;
-    task.out = attended_.row(span->start + row) + (size_t)head * K;
+    task.out = attended_.row(span->start) + (size_t)group * shared * K;
     task.out_stride = attended_.stride;
-    task.num_rows = std::min(kRowsOfTask, span->length - row);
-    task.keys = cache.keys<T>(index, head / shared) + (size_t)span->first_position * K;
-    task.values = cache.values<T>(index, head / shared) + (size_t)span->first_position * cache.value_size();
+    task.num_heads = shared;
+    task.num_rows = std::min(kRowsOfTask, span->length * shared - row);
+    task.keys = cache.keys<T>(index, group) + (size_t)span->first_position * K;
+    task.values = cache.values<T>(index, group) + (size_t)span->first_position * cache.value_size();
     task.head = K;
     task.num_cached = span->cached;
     task.num_own = span->length;
@@ -346,7 +357,7 @@ void Model::head(const float* hidden, int count, int but, float* logits, size_t 
   const Threads::Awake awake(threads_);
   final_.reserve(count, config.width);
   for (int r = 0; r < count; ++r) std::memcpy(final_.row(r), hidden + (size_t)r * config.width, (size_t)config.width * 4);
-  const Rows x = prepare(final_, count, config.width, rounds(w), prepared_final_);
+  const Rows x = prepare(final_, count, config.width, rounding(w), prepared_final_);
   const int num_chunks = (m.num_panels + kHeadPanels - 1) / kHeadPanels;
   struct Best {
     float value, maximum, sum;

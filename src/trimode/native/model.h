@@ -47,7 +47,7 @@ Matrix shape_of(Format format, int num_outputs, int num_inputs);
 Weights make_weights(Format format, int num_outputs, int num_inputs);
 // rows [first, first + count) from floats [count][num_inputs]; quantised to the format if it is one of integers
 void pack_floats(Weights&, int first, int count, const float* rows);
-// the same, exactly, from GGUF's blocks of 32 (Q8_0 for u8; Q4_0 and Q4_1 for u4); row i of the blocks is row order[i]
+// the same from GGUF's blocks of 32, exactly (Q8_0 for u8; Q4_0 and Q4_1 for u4) or rounded again (s8); row i of the blocks is row order[i]
 enum class Blocks : int { q4_0 = 2, q4_1 = 3, q8_0 = 8 };
 size_t row_bytes(Blocks encoding, int num_inputs);
 void pack_blocks(Weights&, Blocks encoding, const std::vector<int>& order, const uint8_t* raw);
@@ -166,11 +166,13 @@ class Model {
     int from, to;
   };
 
-  bool rounds(const Weights& w) const {
-    return rounds_activations && (w.matrix.format == Format::u8 || w.matrix.format == Format::u4);
+  Rounding rounding(const Weights& w) const {
+    const Format f = w.matrix.format;
+    if (!rounds_activations || f == Format::f32 || f == Format::bf16) return Rounding::none;
+    return f == Format::s8 ? Rounding::digits : Rounding::groups;
   }
   void reserve(int num_inputs);
-  Rows prepare(Floats2d& x, int num_rows, int num_inputs, bool quantized, Prepared& room);
+  Rows prepare(Floats2d& x, int num_rows, int num_inputs, Rounding rounding, Prepared& room);
   void multiply(const std::vector<Product>& products);
   void apply(Layer& layer, Place place, Floats2d& x, int num_rows, int num_inputs, Floats2d& y, bool add,
              const std::vector<int>& adapted);

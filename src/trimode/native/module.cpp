@@ -7,6 +7,10 @@
 #include <stdexcept>
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 #include "model.h"
@@ -27,6 +31,22 @@ bool has_avxvnni() {
 }
 #endif
 
+#if defined(__x86_64__) && defined(__GNUC__)
+// The processor has tiles and the system lets this process use them: it must be asked once, and may refuse.
+bool may_use_amx() {
+#if defined(__linux__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kTile | kInt8)) != (kTile | kInt8)) return false;
+  constexpr long kAsk = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool granted = syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
+#endif
+
 // From the fastest to the one that always runs; null where this build or this processor has none.
 std::vector<const Kernels*> usable_kernels() {
   std::vector<const Kernels*> found;
@@ -34,8 +54,10 @@ std::vector<const Kernels*> usable_kernels() {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")) {
+    if (kernels_amx() != nullptr && may_use_amx()) found.push_back(kernels_amx());
     found.push_back(kernels_avx512vnni());
+  }
   if (avx2 && has_avxvnni()) found.push_back(kernels_avxvnni());
   if (avx2) found.push_back(kernels_avx2());
 #endif
@@ -61,7 +83,7 @@ void require(bool sound, const char* fault) {
 constexpr int kMost = 1 << 28;  // of any one size: sums of a few stay within an int
 
 Format checked_format(int format, int outputs, int inputs) {
-  require(format >= (int)Format::f32 && format <= (int)Format::u4, "there is no such format");
+  require(format >= (int)Format::f32 && format <= (int)Format::s8, "there is no such format");
   require(outputs > 0 && outputs <= kMost && inputs > 0 && inputs <= kMost, "a matrix has no such size");
   return (Format)format;
 }
@@ -80,16 +102,26 @@ PyMatrix borrow(int format, int outputs, int inputs, py::buffer buffer) {
 
 // y [rows][outputs] of x [rows][inputs], by one kernel set and thread: what its tests look at
 void multiply_rows(const Matrix& m, const Kernels& kernels, const float* x, int num_rows, float* y) {
-  const size_t padded = (size_t)m.padded_inputs, groups = (size_t)m.num_groups(), outputs = (size_t)m.num_panels * kLanes;
+  const bool digits = m.format == Format::s8, integers = digits || m.format == Format::u8 || m.format == Format::u4;
+  const size_t padded = (size_t)m.padded_inputs, groups = padded / (digits ? kDepth : kGroup), outputs = (size_t)m.num_panels * kLanes;
+  const size_t stride = padded * (digits ? 2 : 1), biased = groups * (digits ? 2 : 1);
   std::vector<float> values(num_rows * padded + kLanes), scales(num_rows * groups), sums(scales.size()), out(num_rows * outputs);
-  std::vector<int8_t> quantized(num_rows * padded + 64);
-  std::vector<int32_t> biases(scales.size());
+  std::vector<int8_t> quantized(round_up(num_rows, 8) * stride + 64);
+  std::vector<int32_t> biases(num_rows * biased);
   for (size_t r = 0; r < (size_t)num_rows; ++r) {
     std::copy_n(x + r * m.num_inputs, m.num_inputs, &values[r * padded]);
-    kernels.quantize(&values[r * padded], m.padded_inputs, &quantized[r * padded], &scales[r * groups], &sums[r * groups],
-                     &biases[r * groups]);
+    if (digits)
+      kernels.quantize_digits(&values[r * padded], (int)padded, &quantized[r * stride], &scales[r], &biases[r * biased]);
+    else
+      kernels.quantize(&values[r * padded], (int)padded, &quantized[r * stride], &scales[r * groups], &sums[r * groups],
+                       &biases[r * biased]);
   }
-  const Rows rows{values.data(), padded, quantized.data(), padded, scales.data(), sums.data(), biases.data(), groups};
+  Rows rows;
+  rows.values = values.data(), rows.stride = padded;
+  rows.rounding = digits ? Rounding::digits : integers ? Rounding::groups : Rounding::none;
+  rows.quantized = quantized.data(), rows.quantized_stride = stride;
+  rows.scales = scales.data(), rows.scale_stride = digits ? 1 : groups;
+  rows.sums = sums.data(), rows.biases = biases.data(), rows.group_stride = biased;
   kernels.multiply(m, 0, m.num_panels, rows, num_rows, {out.data(), outputs, nullptr, false, 1.0f});
   for (size_t r = 0; r < (size_t)num_rows; ++r) std::copy_n(&out[r * outputs], m.num_outputs, y + r * m.num_outputs);
 }
@@ -194,7 +226,8 @@ PYBIND11_MODULE(_native, m) {
              const py::buffer_info info = raw.request();
              const Matrix& m = self.weights->matrix;
              const bool is_u4 = encoding == (int)Blocks::q4_0 || encoding == (int)Blocks::q4_1;
-             require(is_u4 ? m.format == Format::u4 : encoding == (int)Blocks::q8_0 && m.format == Format::u8,
+             require(is_u4 ? m.format == Format::u4 || m.format == Format::s8
+                           : encoding == (int)Blocks::q8_0 && (m.format == Format::u8 || m.format == Format::s8),
                      "blocks of another encoding than the matrix");
              bool sound = self.borrowed.is_none() && m.num_inputs % kGroup == 0 && PyBuffer_IsContiguous(info.view(), 'C') &&
                           (size_t)(info.size * info.itemsize) == order.size() * row_bytes((Blocks)encoding, m.num_inputs);
@@ -216,6 +249,7 @@ PYBIND11_MODULE(_native, m) {
                                  case Format::f32: return "float32";
                                  case Format::bf16: return "bfloat16";
                                  case Format::u8: return "u8";
+                                 case Format::s8: return "s8";
                                  default: return "u4";
                                }
                              })
@@ -298,7 +332,7 @@ PYBIND11_MODULE(_native, m) {
              AdapterGroup group{*a.weights, {}};
              for (const auto& [b, column, output] : parts) {
                const Matrix& m = b.weights->matrix;
-               require(column >= 0 && column % kGroup == 0 && m.padded_inputs <= round_up(low.num_outputs, kGroup) - column && output >= 0 &&
+               require(column >= 0 && column % kDepth == 0 && m.padded_inputs <= round_up(low.num_outputs, kDepth) - column && output >= 0 &&
                            m.num_outputs <= outputs - output,
                        "an adapter has another size");
                group.parts.push_back({*b.weights, column, output});

@@ -51,16 +51,17 @@ Block::Block(size_t bytes) : bytes_(bytes) {
 
 namespace {
 
-int bytes_per_group(Format format) { return format == Format::u4 ? kGroup * kLanes / 2 : kGroup * kLanes; }
+// of a panel's weights, before their scales
+size_t weight_bytes(const Matrix& m) { return (size_t)m.padded_inputs * kLanes / (m.format == Format::u4 ? 2 : 1); }
 
 uint8_t* panel_of(Weights& w, int row) { return w.own.data() + (size_t)(row / kLanes) * w.matrix.panel_bytes; }
 
-// where a value of a row lies in its panel: [groups][8 steps][16 lanes][4]
+// where a value of a row lies in its panel: [steps of 4 inputs][16 lanes][4]
 size_t place_of(int lane, int input) { return (size_t)(input / 4) * 4 * kLanes + (size_t)lane * 4 + input % 4; }
 
 void put_byte(const Matrix& m, uint8_t* panel, int lane, int input, uint8_t value) {
-  if (m.format == Format::u8) {
-    panel[place_of(lane, input)] = value;
+  if (m.format != Format::u4) {
+    panel[place_of(lane, input)] = m.format == Format::s8 ? value ^ 128 : value;
     return;
   }
   // two steps of four inputs share their bytes
@@ -71,13 +72,14 @@ void put_byte(const Matrix& m, uint8_t* panel, int lane, int input, uint8_t valu
 
 uint8_t byte_at(const Matrix& m, const uint8_t* panel, int lane, int input) {
   if (m.format == Format::u8) return panel[place_of(lane, input)];
+  if (m.format == Format::s8) return panel[place_of(lane, input)] ^ 128;
   const int step = input / 4;
   const uint8_t both = panel[(size_t)(step / 2) * 4 * kLanes + (size_t)lane * 4 + input % 4];
   return step % 2 ? both >> 4 : both & 15;
 }
 
 uint16_t* scales_of(const Matrix& m, uint8_t* panel) {
-  return reinterpret_cast<uint16_t*>(panel + (size_t)m.num_groups() * bytes_per_group(m.format));
+  return reinterpret_cast<uint16_t*>(panel + weight_bytes(m));
 }
 
 }  // namespace
@@ -87,14 +89,15 @@ Matrix shape_of(Format format, int num_outputs, int num_inputs) {
   m.format = format;
   m.num_outputs = num_outputs;
   m.num_inputs = num_inputs;
-  m.padded_inputs = round_up(num_inputs, kGroup);
+  m.padded_inputs = round_up(num_inputs, format == Format::s8 ? kDepth : kGroup);
   m.num_panels = round_up(num_outputs, kLanes) / kLanes;
   const size_t groups = (size_t)m.num_groups();
   switch (format) {
     case Format::f32: m.panel_bytes = (size_t)m.padded_inputs * kLanes * 4; break;
     case Format::bf16: m.panel_bytes = (size_t)m.padded_inputs * kLanes * 2; break;
-    case Format::u8: m.panel_bytes = groups * (kGroup * kLanes + 2 * kLanes); break;
-    case Format::u4: m.panel_bytes = groups * (kGroup * kLanes / 2 + 4 * kLanes); break;
+    case Format::u8:
+    case Format::s8: m.panel_bytes = weight_bytes(m) + groups * 2 * kLanes; break;
+    case Format::u4: m.panel_bytes = weight_bytes(m) + groups * 4 * kLanes; break;
   }
   m.panel_bytes = (m.panel_bytes + 63) / 64 * 64;
   return m;
@@ -107,7 +110,7 @@ Weights make_weights(Format format, int num_outputs, int num_inputs) {
   w.matrix.data = w.own.data();
   if (format == Format::u8)  // a padded input is a zero, not -128 times a scale
     for (int p = 0; p < w.matrix.num_panels; ++p)
-      std::memset(w.own.data() + (size_t)p * w.matrix.panel_bytes, 128, (size_t)w.matrix.num_groups() * bytes_per_group(format));
+      std::memset(w.own.data() + (size_t)p * w.matrix.panel_bytes, 128, weight_bytes(w.matrix));
   return w;
 }
 
@@ -132,7 +135,7 @@ void pack_floats(Weights& w, int first, int count, const float* rows) {
     } else {
       uint16_t* scales = scales_of(m, panel);
       for (int g = 0; g < m.num_groups(); ++g) {
-        const int from = g * kGroup, to = std::min(from + kGroup, m.num_inputs);
+        const int from = g * m.group(), to = std::min(from + m.group(), m.num_inputs);
         float most = 0.0f;
         for (int k = from; k < to; ++k) most = std::max(most, std::fabs(row[k]));
         const uint16_t d = float_to_half(std::min(most / 127.0f, 65504.0f));
@@ -152,11 +155,42 @@ size_t row_bytes(Blocks encoding, int num_inputs) {
   return num_inputs / kGroup * block;
 }
 
+namespace {
+
+// 32 numbers of GGUF's
+void unpack_block(Blocks encoding, const uint8_t* raw, float* out) {
+  uint16_t d, least;
+  std::memcpy(&d, raw, 2);
+  std::memcpy(&least, raw + 2, 2);
+  const float scale = half_to_float(d);
+  if (encoding == Blocks::q8_0) {
+    for (int k = 0; k < kGroup; ++k) out[k] = scale * (float)(int8_t)raw[2 + k];
+    return;
+  }
+  const bool has_least = encoding == Blocks::q4_1;
+  const float m = has_least ? half_to_float(least) : -8.0f * scale;
+  const uint8_t* q = raw + (has_least ? 4 : 2);
+  for (int k = 0; k < kGroup / 2; ++k) {
+    out[k] = scale * (float)(q[k] & 15) + m;
+    out[kGroup / 2 + k] = scale * (float)(q[k] >> 4) + m;
+  }
+}
+
+}  // namespace
+
 void pack_blocks(Weights& w, Blocks encoding, const std::vector<int>& order, const uint8_t* raw) {
   const Matrix& m = w.matrix;
   const int groups = m.num_inputs / kGroup;
   const int head = encoding == Blocks::q4_1 ? 4 : 2;  // bytes of scales before the values
   const size_t block_bytes = head + (encoding == Blocks::q8_0 ? kGroup : kGroup / 2);
+  if (m.format == Format::s8) {
+    std::vector<float> values(m.num_inputs);
+    for (int row : order) {
+      for (int g = 0; g < groups; ++g, raw += block_bytes) unpack_block(encoding, raw, &values[(size_t)g * kGroup]);
+      pack_floats(w, row, 1, values.data());
+    }
+    return;
+  }
   for (int row : order) {
     const int lane = row % kLanes;
     uint8_t* panel = panel_of(w, row);
@@ -199,7 +233,7 @@ void unpack_row(const Matrix& m, int row, float* out) {
     for (int g = 0; g < m.num_groups(); ++g) {
       const float d = half_to_float(scales[(size_t)g * kLanes + lane]);
       const float least = m.format == Format::u4 ? half_to_float(scales[(size_t)(m.num_groups() + g) * kLanes + lane]) : -128.0f * d;
-      for (int k = g * kGroup; k < std::min((g + 1) * kGroup, m.num_inputs); ++k) out[k] = d * byte_at(m, panel, lane, k) + least;
+      for (int k = g * m.group(); k < std::min((g + 1) * m.group(), m.num_inputs); ++k) out[k] = d * byte_at(m, panel, lane, k) + least;
     }
   }
 }
