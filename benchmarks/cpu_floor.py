@@ -17,7 +17,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from trimode.checkpoint.packed_files import kind_of, panel_bytes
 from trimode.checkpoint.presets import published_sizes
+from trimode.device import has_tiles
 from trimode.model.attention import Span
 from trimode.model.config import ModelConfig, RopeConfig
 from trimode.model.forward import Inputs
@@ -45,11 +47,12 @@ def shape(num_layers: int) -> ModelConfig:
 
 
 def random_matrix(num_outputs: int, num_inputs: int, random: np.random.Generator):
-    """8-bit weights in the engine's layout, every group with the same scale."""
-    groups = num_inputs // 32
-    panels = random.integers(0, 256, (num_outputs // 16, groups * 544), dtype=np.uint8)
-    panels[:, groups * 512 :] = np.full(groups * 16, 0.002, dtype=np.float16).view(np.uint8)
-    return borrowed_matrix("u8", num_outputs, num_inputs, panels), panels.nbytes
+    """8-bit weights in the layout that the engine gives them here, every group with the same scale."""
+    kind = kind_of(["BF16"], tiles=has_tiles())
+    panels = random.integers(0, 256, (num_outputs // 16, panel_bytes(kind, num_inputs)), dtype=np.uint8)
+    scales = panels[:, num_inputs * 16 :]
+    scales[:] = np.full(scales.shape[1] // 2, 0.002, dtype=np.float16).view(np.uint8)
+    return borrowed_matrix(kind, num_outputs, num_inputs, panels), panels.nbytes
 
 
 def native(config: ModelConfig, random: np.random.Generator) -> tuple[NativeForward, int]:
@@ -104,7 +107,7 @@ class Fbgemm:
     def _packed(num_outputs: int, num_inputs: int):
         weight = torch.randn(num_outputs, num_inputs) * 0.02
         scales = weight.abs().amax(dim=1).double() / 127
-        whole = torch.quantize_per_channel(weight, scales, torch.zeros(num_outputs), 0, torch.qint8)
+        whole = torch.quantize_per_channel(weight, scales, torch.zeros(num_outputs, dtype=torch.long), 0, torch.qint8)
         return torch.ops.quantized.linear_prepack(whole, None)
 
     def __call__(self, num_rows: int) -> None:
