@@ -52,8 +52,8 @@ _PANELS_AT_ONCE = 64
 
 
 def kind_of(encodings: Iterable[str], *, tiles: bool) -> str:
-    """What a matrix of parts stored like this becomes: 4 bits that a GGUF file has stay 4 bits; else s8 where the processor has tiles of
-    integers."""
+    """What a matrix of parts stored like this becomes: 4 bits that a GGUF file has stay 4 bits; else s8 where the processor multiplies
+    tiles of integers."""
     return "u4" if set(encodings) <= {"Q4_0", "Q4_1"} else "s8" if tiles else "u8"
 
 

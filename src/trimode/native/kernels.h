@@ -31,6 +31,7 @@ struct Matrix {
   size_t panel_bytes = 0;
   const uint8_t* data = nullptr;
   int group() const { return format == Format::s8 ? kWideGroup : kGroup; }
+  int padding() const { return format == Format::s8 ? kDepth : kGroup; }  // what inputs are padded to a multiple of
   int num_groups() const { return (padded_inputs + group() - 1) / group(); }
 };
 

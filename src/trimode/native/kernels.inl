@@ -410,17 +410,23 @@ void store_value(const float* x, int head, T* out) {
 
 inline int padded_to_lanes(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-// scores of R rows against 16 positions, one chain of additions a lane over the head
-template <int R, typename T>
-void score_block(const AttentionTask<T>& t, const float* const (&queries)[R], int block, int stride) {
-  Floats acc[R];
-  for (int r = 0; r < R; ++r) acc[r] = zero();
+// scores of R rows against B blocks of 16 positions, one chain of additions a lane over the head: chains enough to keep multipliers busy
+template <int R, int B, typename T>
+void score_blocks(const AttentionTask<T>& t, const float* const (&queries)[R], int block, int stride) {
+  Floats acc[B][R];
+  for (int b = 0; b < B; ++b)
+    for (int r = 0; r < R; ++r) acc[b][r] = zero();
   const T* keys = t.keys + (size_t)block * t.head * kLanes;
   for (int i = 0; i < t.head; ++i) {
-    const Floats k = from_memory(keys + (size_t)i * kLanes);
-    for (int r = 0; r < R; ++r) acc[r] = fma(all(queries[r][i]), k, acc[r]);
+    Floats k[B];
+    for (int b = 0; b < B; ++b) k[b] = from_memory(keys + ((size_t)b * t.head + i) * kLanes);
+    for (int r = 0; r < R; ++r) {
+      const Floats q = all(queries[r][i]);
+      for (int b = 0; b < B; ++b) acc[b][r] = fma(q, k[b], acc[b][r]);
+    }
   }
-  for (int r = 0; r < R; ++r) store(t.scores + (size_t)r * stride + block * kLanes, acc[r]);
+  for (int b = 0; b < B; ++b)
+    for (int r = 0; r < R; ++r) store(t.scores + (size_t)r * stride + (block + b) * kLanes, acc[b][r]);
 }
 
 template <int R, int C, typename T>
@@ -463,7 +469,10 @@ void attend_rows(const AttentionTask<T>& t, int row) {
     queries[r] = t.queries + inputs[r] * t.query_stride + column;
     outs[r] = t.out + inputs[r] * t.out_stride + column;
   }
-  for (int b = 0; b < num_blocks; ++b) score_block<R>(t, queries, b, stride);
+  constexpr int kBlocks = R > 4 ? 1 : R > 1 ? 2 : 4;
+  int block = 0;
+  for (; block + kBlocks <= num_blocks; block += kBlocks) score_blocks<R, kBlocks>(t, queries, block, stride);
+  for (; block < num_blocks; ++block) score_blocks<R, 1>(t, queries, block, stride);
   float totals[R];
   for (int r = 0; r < R; ++r) {
     float* scores = t.scores + (size_t)r * stride;

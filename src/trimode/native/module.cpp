@@ -103,7 +103,7 @@ PyMatrix borrow(int format, int outputs, int inputs, py::buffer buffer) {
 // y [rows][outputs] of x [rows][inputs], by one kernel set and thread: what its tests look at
 void multiply_rows(const Matrix& m, const Kernels& kernels, const float* x, int num_rows, float* y) {
   const bool digits = m.format == Format::s8, integers = digits || m.format == Format::u8 || m.format == Format::u4;
-  const size_t padded = (size_t)m.padded_inputs, groups = padded / (digits ? kDepth : kGroup), outputs = (size_t)m.num_panels * kLanes;
+  const size_t padded = (size_t)m.padded_inputs, groups = padded / m.padding(), outputs = (size_t)m.num_panels * kLanes;
   const size_t stride = padded * (digits ? 2 : 1), biased = groups * (digits ? 2 : 1);
   std::vector<float> values(num_rows * padded + kLanes), scales(num_rows * groups), sums(scales.size()), out(num_rows * outputs);
   std::vector<int8_t> quantized(round_up(num_rows, 8) * stride + 64);
@@ -332,7 +332,7 @@ PYBIND11_MODULE(_native, m) {
              AdapterGroup group{*a.weights, {}};
              for (const auto& [b, column, output] : parts) {
                const Matrix& m = b.weights->matrix;
-               require(column >= 0 && column % kDepth == 0 && m.padded_inputs <= round_up(low.num_outputs, kDepth) - column && output >= 0 &&
+               require(column >= 0 && column % m.padding() == 0 && m.padded_inputs <= round_up(low.num_outputs, m.padding()) - column && output >= 0 &&
                            m.num_outputs <= outputs - output,
                        "an adapter has another size");
                group.parts.push_back({*b.weights, column, output});

@@ -89,7 +89,7 @@ Matrix shape_of(Format format, int num_outputs, int num_inputs) {
   m.format = format;
   m.num_outputs = num_outputs;
   m.num_inputs = num_inputs;
-  m.padded_inputs = round_up(num_inputs, format == Format::s8 ? kDepth : kGroup);
+  m.padded_inputs = round_up(num_inputs, m.padding());
   m.num_panels = round_up(num_outputs, kLanes) / kLanes;
   const size_t groups = (size_t)m.num_groups();
   switch (format) {
