@@ -1,14 +1,19 @@
 """Block diffusion: policies, revision, early stops, limits, thinking budgets, infilling."""
 
 import itertools
+import random
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.worlds import EOS, MASK, tiny_model
+from tests.worlds import EOS, MASK, random_lora, random_tensors, tiny_config, tiny_model
+from trimode.decoding.block_diffusion import BlockDiffusion
 from trimode.decoding.unmasking import POLICIES, Candidates, quota
+from trimode.engine.language_model import LanguageModel
+from trimode.model.forward import TorchForward
+from trimode.model.transformer import Transformer
 
 MODEL = tiny_model(2)
 
@@ -214,3 +219,104 @@ def test_infilling_at_the_very_start_leads_with_the_token_that_begins_a_text():
     out = MODEL.infill([None, None, 7])
     assert out.token_ids[0] == 1
     assert out.token_ids[3] == 7
+
+
+# ---- what is tried ----------------------------------------------------------------------------------------------------------
+
+SIZE = 64
+NEXT = {token: (7 * token + 3) % 40 + 4 for token in range(SIZE)}
+KNOBS = {"mode": "diffusion", "max_new_tokens": 42, "ignore_eos": True}
+
+
+class Head:
+    """Drafts of our choice in place of the adapter's."""
+
+    def __init__(self, drafted):
+        self.drafted = drafted
+
+    def draft(self, hidden, logits, before):
+        return self.drafted(len(hidden), before)
+
+    def rescored(self, hidden, logits, before):
+        raise AssertionError("greedy drafts are made at once")
+
+
+def chained_model(draft):
+    """A model whose text is a chain: NEXT of a token stands behind it. `draft(count, before)`: tokens, and how sure each is."""
+    config = tiny_config(
+        vocab_size=SIZE,
+        width=SIZE,
+        block_length=6,
+        block_predicts="next",
+        known_tokens_are_causal=True,
+        adapter_acts_on="masks",
+    )
+    tensors = dict(random_tensors(config))
+    for name, tensor in tensors.items():
+        if "norm" in name:
+            tensors[name] = torch.ones_like(tensor)
+        if ".output." in name or ".down." in name:
+            tensors[name] = torch.zeros_like(tensor)
+    tensors["embedding.weight"] = torch.eye(SIZE)
+    tensors["head.weight"] = torch.zeros(SIZE, SIZE)
+    for token, after in NEXT.items():
+        tensors["head.weight"][after, token] = 1.0
+    transformer = Transformer(config)
+    transformer.load(tensors.items())
+    forward = TorchForward(transformer.eval(), lora=random_lora(config, successor=5))
+    forward.draft_head = Head(draft)
+    return LanguageModel("chained", forward)
+
+
+def chain(before, count):
+    tokens = []
+    for _ in range(count):
+        before = NEXT[before]
+        tokens.append(before)
+    return tokens
+
+
+def test_what_is_tried_and_right_is_kept_and_costs_no_forward_of_its_own():
+    model = chained_model(lambda count, before: (chain(before, count), [0.5] * count))
+    out = model.generate([5, 9], **KNOBS)
+    assert out.token_ids == chain(9, 42)
+    # one token and five tried, then these five and one more: seven in two forwards
+    assert out.stats.nfe_prefill + out.stats.nfe_decode == 2 * 42 // 7
+
+
+def test_what_is_sure_is_final_untried_and_what_is_hopeless_is_not_tried():
+    sure = chained_model(lambda count, before: ([MASK + 1] * count, [0.999] * count))
+    out = sure.generate([5, 9], **KNOBS)
+    assert out.token_ids[:7] == [NEXT[9], *[MASK + 1] * 5, NEXT[MASK + 1]]
+    assert out.stats.nfe_prefill + out.stats.nfe_decode == 42 // 6
+    hopeless = chained_model(lambda count, before: (chain(before, count), [0.5, 0.2, 0.9, 0.9, 0.9][:count]))
+    out = hopeless.generate([5, 9], **KNOBS)
+    # one, then the one that was tried, the exact one behind it and, since all was right, another to try
+    assert out.token_ids == chain(9, 42)
+    assert out.stats.nfe_prefill + out.stats.nfe_decode == 1 + 41 // 2 + 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_threshold_of_one_gives_the_autoregressive_text_whatever_is_tried(seed):
+    noise = random.Random(seed)
+
+    def draft(count, before):
+        tokens = [token if noise.random() < 0.7 else noise.randrange(4, SIZE) for token in chain(before, count)]
+        return tokens, [noise.uniform(0.1, 0.999) for _ in tokens]
+
+    model = chained_model(draft)
+    out = model.generate([5, 9], threshold=1.0, **KNOBS)
+    assert out.token_ids == chain(9, 42) == model.generate([5, 9], **KNOBS | {"mode": "ar"}).token_ids
+    assert out.stats.nfe_decode < 36
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [{"max_denoising_steps": 6}, {"editing_threshold": 0.9}, {"temperature": 1.0, "seed": 3}, {"unmasking": "margin"}],
+)
+def test_what_hangs_on_more_than_the_text_before_tries_nothing(knobs, monkeypatch):
+    model = chained_model(lambda count, before: (chain(before, count), [0.5] * count))
+    monkeypatch.delattr(BlockDiffusion, "_check_and_try")
+    assert len(model.generate([5, 9], **KNOBS, **knobs).token_ids) == 42
+    with pytest.raises(AttributeError):
+        model.generate([5, 9], **KNOBS)

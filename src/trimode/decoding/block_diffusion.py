@@ -5,11 +5,14 @@ canvas. Denoising steps fill them, surest first, and may revise what they filled
 one causal step over it writes its keys and gives the next anchor. `Infill` uses the same steps on a canvas with fixed tokens in it.
 
 Where the first place of a block is exact (`Traits.first_is_exact`) no forward is spent on anchors and keys alone: a block is all masks,
-every step fills its leftmost one with the autoregressive choice, and what then leads the canvas without a gap is final.
+every step fills its leftmost one with the autoregressive choice, and what then leads the canvas without a gap is final. Greedy, with a
+draft head, what is too unsure to be final is tried: the next step reads it as text, and keeps what the causal view would have said too.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, takewhile
+from operator import mul
 
 import torch
 from torch import Tensor
@@ -35,6 +38,7 @@ from trimode.decoding.sampling import (
     token_logprobs,
     truncated_distribution,
     uniform,
+    verify,
 )
 from trimode.decoding.settings import Settings
 from trimode.decoding.unmasking import POLICIES, Candidates, quota
@@ -47,6 +51,9 @@ LONGEST_MIXED_PREFILL = 512
 
 DEFAULT_THRESHOLD = 0.9
 DEFAULT_ENTROPY_BOUND = 0.1
+WORTH_TRYING = 0.25
+"""How sure a place must be, if those before it are right, to be tried. Where it is wrong a step gives one token; where nothing is
+tried it gives about 1.3: trying pays from a chance of 0.3 / 1.3 on."""
 
 
 @dataclass(slots=True)
@@ -69,6 +76,9 @@ class Progress:
     """Of each filled place, when it was filled."""
     logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
     """The same, where the request asks for them."""
+    tried: tuple[int, ...] = ()
+    """Tokens that the next step reads at the canvas's first places, to see whether the causal view agrees. The canvas has masks
+    there."""
 
 
 def length_of_block(generation: Generation) -> int:
@@ -311,6 +321,8 @@ class BlockDiffusion(OneByOne):
                 told += tuple(TokenLogprob(token, 0.0) for token in given)
             return Outcome(committed=(anchor, *given), kept=len(step.tokens), logprobs=told)
         progress: Progress = g.state
+        if g.traits.first_is_exact and predictions.after.draft_head is not None and _may_try(g):
+            return self._check_and_try(g, step, predictions.after, predictions.after.draft_head)
         if g.traits.first_is_exact:
             return _commit_lead(g, step, denoise(g, progress, predictions.after))
         revised = denoise(g, progress, predictions.at)
@@ -322,6 +334,30 @@ class BlockDiffusion(OneByOne):
         told = _logprobs_of(g, progress, committed)
         g.canvas, g.state = [], None
         return Outcome(committed=committed, probabilities=sure, logprobs=told, revised=revised)
+
+    def _check_and_try(self, g: Generation, step: Step, rows: Rows, head: DraftHead) -> Outcome:
+        """Commit what was tried as far as the causal view says the same, its own choice behind that, and what is sure behind all that
+        was tried. What is less sure is tried next."""
+        tried = g.state.tried
+        committed = verify(tried, None, rows[: len(tried) + 1], g)
+        sure = rows[: len(committed)].probabilities(committed).tolist()
+        num_right = len(committed) - 1
+        g.canvas, g.state = [], None
+        if num_right == len(tried) and len(committed) < len(rows) and committed[-1] not in g.traits.eos_token_ids:
+            assert rows.hidden is not None
+            own = slice(len(committed), len(rows))
+            drafts, probabilities = head.draft(rows.hidden[own], rows.logits[own], committed[-1])
+            together = list(accumulate(probabilities, mul))
+            bound = DEFAULT_THRESHOLD if g.settings.threshold is None else g.settings.threshold
+            num_sure = sum(p >= bound for p in together)
+            committed += drafts[:num_sure]
+            sure += together[:num_sure]
+            unsure = takewhile(lambda j: probabilities[j] >= WORTH_TRYING, range(num_sure, len(drafts)))
+            self._start_block(g, length_of_block(g))
+            g.state.tried = tuple(drafts[j] for j in unsure)[: len(g.canvas) - 1]
+        told = token_logprobs(committed, rows[: len(committed)], g)
+        kept = len(g.uncached) + num_right
+        return Outcome(committed=tuple(committed), kept=kept, probabilities=tuple(sure), logprobs=told)
 
     def _start_block(self, g: Generation, num_places: int, *anchor: int) -> tuple[int, ...]:
         """Lay out the canvas. Returns it where nothing of it is masked, so that there is nothing to denoise."""
@@ -349,6 +385,24 @@ class BlockDiffusion(OneByOne):
         return settings.block_length or traits.block_length
 
 
+def _may_try(g: Generation) -> bool:
+    """Whether this step may check what was tried, and the next one try: a greedy choice that hangs on nothing but the text before it,
+    and passes that nobody counts."""
+    s, progress = g.settings, g.state
+    return (
+        s.temperature == 0
+        and not s.has_penalty
+        and not s.logit_bias
+        and g.constraint is None
+        and s.editing_threshold is None
+        and s.max_denoising_steps is None
+        and s.max_thinking_tokens is None
+        and s.unmasking == "threshold"
+        and all(token == g.traits.mask_token_id for token in g.canvas)
+        and not progress.banned
+    )
+
+
 def _exact_step(g: Generation) -> Step:
     """The final tokens and the canvas, asking after what stands before each place that is to be predicted.
 
@@ -362,14 +416,15 @@ def _exact_step(g: Generation) -> Step:
     kind = "prefill" if g.cached < len(g.prompt) and g.state.step == 0 else "denoise"
     if mask not in g.canvas:
         return Step(kind="revise", tokens=known + tuple(g.canvas), view=Causal(), after=after)
+    tried = g.state.tried
     # a mask at the end would only predict what lies beyond the block
-    canvas = g.canvas[:-1] if g.canvas[-1] == mask else g.canvas
+    canvas = [*tried, *(g.canvas[len(tried) : -1] if g.canvas[-1] == mask else g.canvas[len(tried) :])]
     tokens = known + tuple(canvas)
     adapted = tuple(len(known) + i for i, token in enumerate(canvas) if token == mask)
     return Step(
         kind=kind,
         tokens=tokens,
-        view=BlockOverCausal(len(known)),
+        view=BlockOverCausal(len(known) + len(tried)),
         after=after,
         adapted=adapted if g.traits.adapter_on_denoise == "masks" else (),
     )
@@ -394,8 +449,9 @@ def _commit_lead(g: Generation, step: Step, revised: int) -> Outcome:
     told = _logprobs_of(g, progress, committed)
     progress.logprobs = {i - num_lead: value for i, value in progress.logprobs.items() if i >= num_lead}
     progress.fixed = frozenset(i - num_lead for i in progress.fixed if i >= num_lead)
-    if not g.canvas:
-        g.state = None
+    if not g.canvas or (g.settings.max_denoising_steps is None and all(token == mask for token in g.canvas)):
+        # where nothing behind the lead is filled yet, a new block keeps as many masks in sight as there were at first
+        g.canvas, g.state = [], None
     # a revising step that changed nothing was causal over what is final now; the last token leads the next block, uncached
     kept = len(step.tokens) - 1 if step.kind == "revise" and progress.settled else num_known
     return Outcome(committed=committed, kept=kept, probabilities=sure, logprobs=told, revised=revised)
