@@ -1,8 +1,9 @@
 """The engine in C++ for the CPU (`trimode._native`): float32, bfloat16 and int8 weights, every view, gated adapters.
 
 A row's result never depends, bit for bit, on the rows that share its forward, so greedy self-speculation equals greedy autoregression
-in every format. int8: weights keep at most 8 bits with a scale for each 32 inputs of an output (weights that come in 4 bits from a GGUF
-file stay the very numbers they are), activations are rounded to 8 bits for each product, with a scale for each 32 of a row.
+in every format. int8: weights keep at most 8 bits with a scale for each 32 inputs of an output, or 192 where the processor has tiles of
+integers (weights that come in 4 bits from a GGUF file stay the very numbers they are); activations are rounded for each product, to 8
+bits with a scale for each 32 of a row, or to 14 bits with one.
 Keys and values are halves, except in float32.
 """
 

@@ -256,7 +256,7 @@ def write_converted(directory: Path, run: Path, recipe: Recipe, base: Checkpoint
 
 
 def take_adapter(model: TrainableModel, directory: Path) -> None:
-    """Begin from an adapter that was exported before. Raises TrainingError if its rank or parts are others."""
+    """Begin from an adapter that was exported before. Raises TrainingError if its rank, parts or successor are others."""
     assert model.adapter is not None
     stored = open_adapter(directory, model.config)
     parts = sorted({name.split("_", 1)[1] for name in model.adapter.A})
@@ -265,4 +265,12 @@ def take_adapter(model: TrainableModel, directory: Path) -> None:
             f"The adapter in {directory} has rank {stored.rank} on {', '.join(stored.parts)}; "
             f"the recipe asks for rank {model.adapter.rank} on {', '.join(parts)}. Make them equal."
         )
-    model.adapter.take(stored.read())
+    lora = stored.read()
+    width = 0 if lora.successor is None else len(lora.successor.inner)
+    wanted = 0 if model.adapter.successor is None else len(model.adapter.successor["inner"])
+    # one without may get a new one
+    if width and width != wanted:
+        raise TrainingError(
+            f"The adapter in {directory} has a successor of width {width}; the recipe asks for {wanted}. Make them equal."
+        )
+    model.adapter.take(lora)
