@@ -57,6 +57,8 @@ docs: .venv/.ready
 
 adapter: .venv/.ready
 	$(BIN)/trimode train recipes/smollm2-135m/adapter.toml --output runs/smollm2-135m
+	$(BIN)/trimode train recipes/smollm2-135m/more.toml --output runs/smollm2-135m-more \
+		--set adapter.initial=$(CURDIR)/runs/smollm2-135m/adapter
 
 $(BIN)/python:
 	@test -n '$(PYTHON)' || { echo 'Python 3.11 or newer is needed, and none was found.' \
