@@ -114,7 +114,9 @@ def _run(forward: Forward, cache: Cache, cached: int, tokens: list[int], view: V
         asked=list(range(n)),
     )
     start = time.perf_counter()
-    forward(inputs, cache).answers(0, n)
+    found = forward(inputs, cache).answers(0, n)
+    if len(adapted) > 0 and found.draft_head is not None:  # a draft is made of the answers, one token behind the other
+        found.draft_head.draft(found.hidden[1:], found.logits[1:], tokens[0])
     return time.perf_counter() - start
 
 
@@ -163,7 +165,7 @@ def _identity(forward: Forward) -> dict[str, object]:
     """What a cost hangs on."""
     config: ModelConfig = forward.config
     return {
-        "version": 1,
+        "version": 2,
         "processor": processor(),
         "cores": os.cpu_count(),
         "device": str(forward.device),
