@@ -115,7 +115,9 @@ def _run(forward: Forward, cache: Cache, cached: int, tokens: list[int], view: V
     )
     start = time.perf_counter()
     found = forward(inputs, cache).answers(0, n)
-    if len(adapted) > 0 and found.draft_head is not None:  # a draft is made of the answers, one token behind the other
+    if (
+        len(adapted) > 0 and found.draft_head is not None and found.hidden is not None
+    ):  # a draft is made of the answers, one token behind the other
         found.draft_head.draft(found.hidden[1:], found.logits[1:], tokens[0])
     return time.perf_counter() - start
 
