@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from trimode.device import has_tiles
 from trimode.model.native import BLOCKS, GROUP, kernel_names, new_matrix
 
 pytestmark = pytest.mark.skipif(not kernel_names(), reason="the engine was not built")
@@ -42,7 +43,7 @@ def rounded_to_14_bits(x: np.ndarray) -> np.ndarray:
     return np.rint(x * inverse).astype(np.float64) * (most / np.float32(16256))
 
 
-@pytest.mark.skipif(kernel_names()[0] != "amx", reason="this processor has no tiles of integers")
+@pytest.mark.skipif(not has_tiles(), reason="this processor has no tiles of integers")
 @pytest.mark.parametrize("inputs", [77, 576, 1536])
 def test_tiles_give_the_bits_of_the_other_kernels(inputs: int) -> None:
     rng = np.random.default_rng(inputs)

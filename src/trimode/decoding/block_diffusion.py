@@ -343,7 +343,7 @@ class BlockDiffusion(OneByOne):
         sure = rows[: len(committed)].probabilities(committed).tolist()
         num_right = len(committed) - 1
         g.canvas, g.state = [], None
-        if num_right == len(tried) and len(committed) < len(rows) and committed[-1] not in g.traits.eos_token_ids:
+        if num_right == len(tried) and len(committed) < len(rows) and not g.ends_with(committed[-1]):
             assert rows.hidden is not None
             own = slice(len(committed), len(rows))
             drafts, probabilities = head.draft(rows.hidden[own], rows.logits[own], committed[-1])
@@ -388,7 +388,7 @@ class BlockDiffusion(OneByOne):
 def _may_try(g: Generation) -> bool:
     """Whether this step may check what was tried, and the next one try: a greedy choice that hangs on nothing but the text before it,
     and passes that nobody counts."""
-    s, progress = g.settings, g.state
+    s = g.settings
     return (
         s.temperature == 0
         and not s.has_penalty
@@ -399,7 +399,6 @@ def _may_try(g: Generation) -> bool:
         and s.max_thinking_tokens is None
         and s.unmasking == "threshold"
         and all(token == g.traits.mask_token_id for token in g.canvas)
-        and not progress.banned
     )
 
 

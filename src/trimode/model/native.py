@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trimode.device import NATIVE_MISSING, has_tiles
+from trimode.device import NATIVE_MISSING
 from trimode.model.config import ModelConfig
 from trimode.model.forward import Answers, Cache, Inputs
 from trimode.model.lora import Lora
@@ -188,6 +188,7 @@ class NativeForward:
         self.threads = num_threads
         self._norms: dict[int, dict[str, np.ndarray]] = {}
         self._maps: dict[tuple[int, str], dict[str, Any]] = {}
+        self._kinds: dict[tuple[int, int], str] = {}
         self._kept: list[Any] = []
         """Whatever the engine borrows memory from."""
         self._has_successor = False
@@ -216,6 +217,7 @@ class NativeForward:
             )
         for (layer, place), parts in self._maps.items():
             self._model.set_map(layer, _PLACES[place][0], parts["weight"], parts.get("bias"))
+            self._kinds[layer, _PLACES[place][0]] = parts["weight"].kind
         self._norms, self._maps = {}, {}
 
     def _set(self, name: str, value: Any) -> None:
@@ -248,22 +250,24 @@ class NativeForward:
                     columns.append(columns[-1] + -(-A.shape[0] // DEPTH) * DEPTH)
                 stacked = torch.zeros(columns[-1], found[0][1].shape[1])
                 offsets = {part: sum(widths[p] for p in parts[:i]) for i, part in enumerate(parts)}
+                # rounded as the base's inputs are, so that one product takes both
+                kind = "s8" if self._kinds.get((layer, index)) == "s8" else "u8"
                 packed = []
                 for column, (part, A, B) in zip(columns, found, strict=False):
                     stacked[column : column + A.shape[0]] = A.float()
-                    packed.append((self._packed(B, B.dtype), column, offsets[part]))
-                self._model.set_adapter(layer, index, self._packed(stacked, found[0][1].dtype), packed)
+                    packed.append((self._packed(B, B.dtype, kind), column, offsets[part]))
+                self._model.set_adapter(layer, index, self._packed(stacked, found[0][1].dtype, kind), packed)
         embedding = None if lora.mask_embedding is None else lora.mask_embedding.float().numpy()
         self._model.set_adapter_scale(lora.scale, embedding)
         if lora.successor is not None:
             inner, outer = lora.successor.inner, lora.successor.outer
             halves = (*inner.chunk(2, dim=1), outer)
-            self._model.set_successor(*(self._packed(w, w.dtype, rounded=False) for w in halves))
+            self._model.set_successor(*(self._packed(w, w.dtype) for w in halves))
             self._has_successor = True
 
-    def _packed(self, weight: Tensor, stored: torch.dtype, *, rounded: bool = True) -> Any:
-        is_integer = rounded and self.precision == "int8"
-        kind = ("s8" if has_tiles() else "u8") if is_integer else "bfloat16" if stored == torch.bfloat16 else "float32"
+    def _packed(self, weight: Tensor, stored: torch.dtype, int8_kind: str | None = None) -> Any:
+        plain = "bfloat16" if stored == torch.bfloat16 else "float32"
+        kind = int8_kind if int8_kind is not None and self.precision == "int8" else plain
         matrix = new_matrix(kind, *weight.shape)
         matrix.pack_floats(0, weight.float().contiguous().numpy())
         self._kept.append(matrix)

@@ -39,6 +39,11 @@ struct Matrix {
 // q = 128 high + low, two digits of int8 each, for s8: the products of both are whole numbers, and no input of a group spoils the others.
 enum class Rounding { none, groups, digits };
 
+inline Rounding rounding_of(Format f) {
+  if (f == Format::f32 || f == Format::bf16) return Rounding::none;
+  return f == Format::s8 ? Rounding::digits : Rounding::groups;
+}
+
 // Rows of activations: floats, and the same rounded.
 struct Rows {
   const float* values = nullptr;  // [rows][stride]

@@ -167,9 +167,7 @@ class Model {
   };
 
   Rounding rounding(const Weights& w) const {
-    const Format f = w.matrix.format;
-    if (!rounds_activations || f == Format::f32 || f == Format::bf16) return Rounding::none;
-    return f == Format::s8 ? Rounding::digits : Rounding::groups;
+    return rounds_activations ? rounding_of(w.matrix.format) : Rounding::none;
   }
   void reserve(int num_inputs);
   Rows prepare(Floats2d& x, int num_rows, int num_inputs, Rounding rounding, Prepared& room);

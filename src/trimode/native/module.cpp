@@ -102,7 +102,7 @@ PyMatrix borrow(int format, int outputs, int inputs, py::buffer buffer) {
 
 // y [rows][outputs] of x [rows][inputs], by one kernel set and thread: what its tests look at
 void multiply_rows(const Matrix& m, const Kernels& kernels, const float* x, int num_rows, float* y) {
-  const bool digits = m.format == Format::s8, integers = digits || m.format == Format::u8 || m.format == Format::u4;
+  const bool digits = m.format == Format::s8;
   const size_t padded = (size_t)m.padded_inputs, groups = padded / m.padding(), outputs = (size_t)m.num_panels * kLanes;
   const size_t stride = padded * (digits ? 2 : 1), biased = groups * (digits ? 2 : 1);
   std::vector<float> values(num_rows * padded + kLanes), scales(num_rows * groups), sums(scales.size()), out(num_rows * outputs);
@@ -118,7 +118,7 @@ void multiply_rows(const Matrix& m, const Kernels& kernels, const float* x, int 
   }
   Rows rows;
   rows.values = values.data(), rows.stride = padded;
-  rows.rounding = digits ? Rounding::digits : integers ? Rounding::groups : Rounding::none;
+  rows.rounding = rounding_of(m.format);
   rows.quantized = quantized.data(), rows.quantized_stride = stride;
   rows.scales = scales.data(), rows.scale_stride = digits ? 1 : groups;
   rows.sums = sums.data(), rows.biases = biases.data(), rows.group_stride = biased;

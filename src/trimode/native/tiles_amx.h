@@ -66,7 +66,7 @@ inline void block_tiles(const Matrix& m, int panel, const Rows& x, int row, int 
 // Rows behind the last are read, up to a multiple of 8, and what comes of them is dropped.
 void multiply_tiles(const Matrix& m, int from, int to, const Rows& x, int num_rows, const Output& out) {
   TileSizes sizes;
-  const uint8_t tile_rows = num_rows >= 8 ? 16 : num_rows > 4 ? 16 : num_rows > 2 ? 8 : num_rows > 1 ? 4 : 2;
+  const uint8_t tile_rows = num_rows > 4 ? 16 : num_rows > 2 ? 8 : num_rows > 1 ? 4 : 2;
   for (int t = 0; t < 4; ++t) sizes.rows[t] = tile_rows, sizes.bytes[t] = 64;
   sizes.rows[4] = 16, sizes.bytes[4] = 64;
   _tile_loadconfig(&sizes);
