@@ -65,6 +65,12 @@ struct Output {
   float scale = 1.0f;  // of what is added
 };
 
+// Memory that will be wanted next.
+struct Ahead {
+  const uint8_t* at = nullptr;
+  size_t bytes = 0;
+};
+
 // T: float, or uint16_t for halves
 template <typename T>
 struct AttentionTask {
@@ -85,8 +91,8 @@ struct AttentionTask {
 
 struct Kernels {
   const char* name;
-  // panels [from, to) of a product
-  void (*multiply)(const Matrix&, int from, int to, const Rows&, int num_rows, const Output&);
+  // panels [from, to) of a product; `then`: what is to be fetched meanwhile
+  void (*multiply)(const Matrix&, int from, int to, const Rows&, int num_rows, const Output&, const Ahead& then);
   void (*quantize)(const float* x, int padded, int8_t* q, float* scales, float* sums, int32_t* biases);
   void (*quantize_digits)(const float* x, int padded, int8_t* q, float* scale, int32_t* biases);
   // out = x / rms(x) * weight; all of `size` floats

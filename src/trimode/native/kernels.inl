@@ -84,12 +84,12 @@ void block_bf16(const Matrix& m, int panel, const Rows& x, int row, const Output
     for (int r = 0; r < R; ++r) put(out, row + r, panel + p, acc[p][r]);
 }
 
-// What a block of rows fetches for the panels that come next while it computes: of their groups every `every`-th, from `from` on.
-// Without it the first block over a panel waits for memory and the others leave memory idle.
-struct Ahead {
-  const uint8_t* panel;  // null: nothing comes next
-  int from, every;
-};
+// The part of the panels that come next which block `b` of so many fetches while it computes. Without it the first block over a panel
+// waits for memory and the others leave memory idle. One run of addresses, scales too: the processor's own prefetching follows it.
+inline Ahead part_of(const Ahead& next, int b, int num_blocks) {
+  const size_t lines = next.bytes / 64, from = lines * b / num_blocks;
+  return {next.at + from * 64, (lines * (b + 1) / num_blocks - from) * 64};
+}
 
 template <int R, int P, bool kNibbles>
 void block_int(const Matrix& m, int panel, const Rows& x, int row, const Output& out, const Ahead& ahead) {
@@ -114,14 +114,11 @@ void block_int(const Matrix& m, int panel, const Rows& x, int row, const Output&
     sums[r] = x.sums + (size_t)(row + r) * x.group_stride;
     biases[r] = x.biases + (size_t)(row + r) * x.group_stride;
   }
-  int fetched = ahead.panel ? ahead.from : groups;
+  const uint8_t *fetched = ahead.at, *const fetched_all = ahead.at + ahead.bytes;
+  const size_t each = (ahead.bytes / groups + 63) / 64 * 64;
   for (int g = 0; g < groups; ++g) {
-    if (g == fetched) {
-      for (int p = 0; p < P; ++p)
-        for (int line = 0; line < kGroupBytes; line += 64)
-          __builtin_prefetch(ahead.panel + (size_t)p * m.panel_bytes + (size_t)g * kGroupBytes + line, 0, 2);
-      fetched += ahead.every;
-    }
+    for (const uint8_t* end = fetched + each; fetched < end && fetched < fetched_all; fetched += 64)
+      __builtin_prefetch(fetched, 0, 2);
     Ints whole[P][R];
     for (int p = 0; p < P; ++p)
       for (int r = 0; r < R; ++r) whole[p][r] = all_ints(!kNibbles && kBiasInSum ? biases[r][g] : 0);
@@ -269,12 +266,12 @@ void block_of(const Matrix& m, int panel, const Rows& x, int row, const Output& 
 }
 
 template <int P>
-void panels_of(const Matrix& m, int panel, int to, const Rows& x, int num_rows, const Output& out) {
+void panels_of(const Matrix& m, int panel, const Rows& x, int num_rows, const Output& out, const Ahead& next) {
   const int num_blocks = (num_rows + kMaxRows - 1) / kMaxRows;
   int row = 0;
   for (int b = 0; b < num_blocks; ++b) {
     const int rows = (num_rows - row) / (num_blocks - b);  // blocks as equal as can be
-    const Ahead ahead{panel + 2 * P <= to ? m.data + (size_t)(panel + P) * m.panel_bytes : nullptr, b, num_blocks};
+    const Ahead ahead = part_of(next, b, num_blocks);
     if (rows == 1) block_of<1, P>(m, panel, x, row, out, ahead);
     if (rows == 2) block_of<2, P>(m, panel, x, row, out, ahead);
     if constexpr (kMaxRows >= 3)
@@ -296,13 +293,17 @@ namespace trimode {
 namespace {
 #endif
 
-void multiply(const Matrix& m, int from, int to, const Rows& x, int num_rows, const Output& out) {
+void multiply(const Matrix& m, int from, int to, const Rows& x, int num_rows, const Output& out, const Ahead& then) {
 #ifdef TRIMODE_TILES
   if (m.format == Format::s8 && x.rounding == Rounding::digits) return multiply_tiles(m, from, to, x, num_rows, out);
 #endif
+  const auto next = [&](int panel) {
+    const int num = lesser(kPanels, to - panel);
+    return num > 0 ? Ahead{m.data + (size_t)panel * m.panel_bytes, num * m.panel_bytes} : then;
+  };
   int panel = from;
-  for (; panel + kPanels <= to; panel += kPanels) panels_of<kPanels>(m, panel, to, x, num_rows, out);
-  for (; panel < to; ++panel) panels_of<1>(m, panel, to, x, num_rows, out);
+  for (; panel + kPanels <= to; panel += kPanels) panels_of<kPanels>(m, panel, x, num_rows, out, next(panel + kPanels));
+  for (; panel < to; ++panel) panels_of<1>(m, panel, x, num_rows, out, next(panel + 1));
 }
 
 // ---- rows ------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ namespace {
 
 constexpr int kRowsOfTask = 8;     // queries of heads that share their keys, in one attention task
 constexpr int kHeadPanels = 64;    // panels of the output head that are looked at together: 1,024 logits a row lie in the first cache
+constexpr int kAheadPanels = 2;    // of the next piece of a product that are fetched at this one's end
 constexpr int kTile = 192;         // rows that stay near while the panels pass
 
 }  // namespace
@@ -83,12 +84,15 @@ void Model::each_row(int num_rows, int num_floats, const std::function<void(int)
   });
 }
 
-Rows Model::prepare(Floats2d& x, int num_rows, int num_inputs, Rounding rounding, Prepared& room) {
+Rows Model::prepare(Floats2d& x, int num_rows, int num_inputs, Rounding rounding, Prepared& room, const Fill& fill) {
   Rows rows;
   rows.values = x.values;
   rows.stride = x.stride;
   rows.rounding = rounding;
-  if (rounding == Rounding::none) return rows;
+  if (rounding == Rounding::none) {
+    if (fill.work) each_row(num_rows, fill.cost, fill.work);
+    return rows;
+  }
   const bool digits = rounding == Rounding::digits;
   const int group = digits ? kDepth : kGroup, padded = round_up(num_inputs, group), groups = padded / group;
   rows.quantized_stride = (size_t)padded * (digits ? 2 : 1);
@@ -100,7 +104,8 @@ Rows Model::prepare(Floats2d& x, int num_rows, int num_inputs, Rounding rounding
   room.sums.resize(room.scales.size());
   room.biases.resize(std::max(room.biases.size(), (size_t)num_rows * rows.group_stride));
   room.quantized = room.memory.data();
-  each_row(num_rows, padded, [&](int r) {
+  each_row(num_rows, padded + fill.cost, [&](int r) {
+    if (fill.work) fill.work(r);  // beside its rounding: a row is in the first cache, and one hand-over does for both
     int8_t* q = room.quantized + (size_t)r * rows.quantized_stride;
     int32_t* biases = &room.biases[(size_t)r * rows.group_stride];
     const size_t g = (size_t)r * groups;
@@ -142,6 +147,24 @@ Rows from_column(Rows x, int column) {  // a multiple of what inputs are padded 
   return x;
 }
 
+// Rows that another core wrote take their time: all of them are sent for at once.
+void fetch(const Rows& x, int num_rows) {
+  if (x.rounding == Rounding::none) return;
+  const auto lines = [num_rows](const auto* begin, size_t stride) {
+    const char* const first = (const char*)begin;
+    for (const char* line = first; line < first + num_rows * stride * sizeof(*begin); line += 64) __builtin_prefetch(line, 0, 3);
+  };
+  lines(x.quantized, x.quantized_stride);
+  lines(x.scales, x.scale_stride);
+  if (x.rounding == Rounding::groups) lines(x.sums, x.group_stride);
+  lines(x.biases, x.group_stride);
+}
+
+Ahead ahead(const Matrix& m, int panel) {
+  const int num = std::min(kAheadPanels, m.num_panels - panel);
+  return num > 0 ? Ahead{m.data + (size_t)panel * m.panel_bytes, num * m.panel_bytes} : Ahead{};
+}
+
 Output to_row(Output out, int row) {
   if (out.rows)
     out.rows += row;
@@ -164,23 +187,31 @@ void Model::multiply(const std::vector<Product>& products) {
   for (const Product& p : products)
     for (int from = 0; from < p.weights->matrix.num_panels; from += panels)
       pieces_.push_back({&p, from, std::min(p.weights->matrix.num_panels, from + panels)});
+  const int num_pieces = (int)pieces_.size();
   for (int row = 0; row < most_rows; row += kTile)
-    threads_.run((int)pieces_.size(), [&](int i, int) {
+    threads_.run(num_pieces, [&](int i, int thread) {
       const auto [p, from, to] = pieces_[i];
       const int rows = std::min(kTile, p->num_rows - row);
-      if (rows > 0) kernels->multiply(p->weights->matrix, from, to, from_row(p->rows, row), rows, to_row(p->out, row));
+      if (rows <= 0) return;
+      const Rows x = from_row(p->rows, row);
+      if (i == threads_.first_of(num_pieces, thread)) fetch(x, rows);
+      // behind a thread's last piece: what falls to it of the product after this one
+      const bool is_last = i + 1 == num_pieces || i + 1 == threads_.first_of(num_pieces, thread + 1);
+      const Ahead then = is_last ? ahead(*following_, threads_.first_of(following_->num_panels, thread))
+                                 : ahead(pieces_[i + 1].product->weights->matrix, pieces_[i + 1].from);
+      kernels->multiply(p->weights->matrix, from, to, x, rows, to_row(p->out, row), then);
     });
 }
 
 void Model::apply(Layer& layer, Place place, Floats2d& x, int num_rows, int num_inputs, Floats2d& y, bool add,
-                  const std::vector<int>& adapted) {
+                  const std::vector<int>& adapted, const Fill& fill) {
   const Weights& w = layer.maps[place];
   const AdapterGroup& group = layer.adapters[place];
   const bool adapts = !adapted.empty() && group.a.is_set();
   const int n = (int)adapted.size(), rank = adapts ? group.a.matrix.num_outputs : 0;
   // where most rows are adapted, A takes all of them beside the base: one hand-over less, and no copy of the inputs
   const bool together = adapts && 2 * n > num_rows && rounding(w) == rounding(group.a);
-  const Rows rows = prepare(x, num_rows, num_inputs, rounding(w), prepared_);
+  const Rows rows = prepare(x, num_rows, num_inputs, rounding(w), prepared_, fill);
   const Product base{&w, rows, num_rows, {y.values, y.stride, nullptr, add, 1.0f}};
   if (together) {
     low_.reserve(num_rows, rank);
@@ -198,10 +229,10 @@ void Model::apply(Layer& layer, Place place, Floats2d& x, int num_rows, int num_
     picked_.reserve(n, num_inputs);
     for (int i = 0; i < n; ++i) std::memcpy(picked_.row(i), x.row(adapted[i]), picked_.stride * 4);
     low_.reserve(n, rank);
-    multiply({{&group.a, prepare(picked_, n, num_inputs, rounding(group.a), prepared_picked_), n,
+    multiply({{&group.a, prepare(picked_, n, num_inputs, rounding(group.a), prepared_picked_, {}), n,
                {low_.values, low_.stride, nullptr, false, 1.0f}}});
   }
-  const Rows low = prepare(low_, n, rank, rounding(group.parts[0].b), prepared_low_);
+  const Rows low = prepare(low_, n, rank, rounding(group.parts[0].b), prepared_low_, {});
   std::vector<Product> parts;
   for (const AdapterPart& part : group.parts) {
     parts.push_back({&part.b, from_column(low, part.column), n,
@@ -325,24 +356,29 @@ void Model::run(const int* tokens, const int* positions, int n, const std::vecto
     for (int i : adapted) std::memcpy(x_.row(i), mask_embedding.data(), (size_t)D * 4);
   for (const Span& s : spans)
     for (int i = 0; i < s.length; ++i) slots_[s.start + i] = s.first_position + s.cached + i;
-  const auto normalize = [&](const std::vector<float>& weight) {
-    each_row(n, D, [&](int r) { kernels->rms_norm(x_.row(r), weight.data(), D, config.norm_eps, normed_.row(r)); });
+  const auto normalized = [&](const std::vector<float>& weight) {
+    return Fill{D, [&, w = weight.data()](int r) { kernels->rms_norm(x_.row(r), w, D, config.norm_eps, normed_.row(r)); }};
   };
+  // an exponential costs about four times a plain number
+  const Fill gated{4 * I, [&](int r) { kernels->silu_times(gate_up_.row(r), gate_up_.row(r) + I, I, gated_.row(r)); }};
   for (int index = 0; index < config.num_layers; ++index) {
     Layer& layer = layers[index];
-    normalize(layer.attention_norm);
-    apply(layer, kQkv, normed_, n, D, qkv_, false, adapted);
+    const bool is_last = index + 1 == config.num_layers;
+    const Matrix* const then[kPlaces] = {&layer.maps[kOutput].matrix, &layer.maps[kGateUp].matrix, &layer.maps[kDown].matrix,
+                                         is_last ? &head_weights().matrix : &layers[index + 1].maps[kQkv].matrix};
+    following_ = then[kQkv];
+    apply(layer, kQkv, normed_, n, D, qkv_, false, adapted, normalized(layer.attention_norm));
     rotate_and_store(layer, index, positions, n, cache);
     if (cache.is_half())
       attend<uint16_t>(index, cache, spans);
     else
       attend<float>(index, cache, spans);
-    apply(layer, kOutput, attended_, n, q, x_, true, adapted);
-    normalize(layer.mlp_norm);
-    apply(layer, kGateUp, normed_, n, D, gate_up_, false, adapted);
-    // an exponential costs about four times a plain number
-    each_row(n, 4 * I, [&](int r) { kernels->silu_times(gate_up_.row(r), gate_up_.row(r) + I, I, gated_.row(r)); });
-    apply(layer, kDown, gated_, n, I, x_, true, adapted);
+    following_ = then[kOutput];
+    apply(layer, kOutput, attended_, n, q, x_, true, adapted, {});
+    following_ = then[kGateUp];
+    apply(layer, kGateUp, normed_, n, D, gate_up_, false, adapted, normalized(layer.mlp_norm));
+    following_ = then[kDown];
+    apply(layer, kDown, gated_, n, I, x_, true, adapted, gated);
   }
   final_.reserve(1, D);
   for (size_t i = 0; i < asked.size(); ++i) {
@@ -352,12 +388,12 @@ void Model::run(const int* tokens, const int* positions, int n, const std::vecto
 }
 
 void Model::head(const float* hidden, int count, int but, float* logits, size_t stride, int* best, float* logsumexp) {
-  const Weights& w = output_head.is_set() ? output_head : embedding;
+  const Weights& w = head_weights();
   const Matrix& m = w.matrix;
   const Threads::Awake awake(threads_);
   final_.reserve(count, config.width);
   for (int r = 0; r < count; ++r) std::memcpy(final_.row(r), hidden + (size_t)r * config.width, (size_t)config.width * 4);
-  const Rows x = prepare(final_, count, config.width, rounding(w), prepared_final_);
+  const Rows x = prepare(final_, count, config.width, rounding(w), prepared_final_, {});
   const int num_chunks = (m.num_panels + kHeadPanels - 1) / kHeadPanels;
   struct Best {
     float value, maximum, sum;
@@ -365,7 +401,7 @@ void Model::head(const float* hidden, int count, int but, float* logits, size_t 
   std::vector<Best> found((size_t)num_chunks * count);
   threads_.run(num_chunks, [&](int chunk, int) {
     const int from = chunk * kHeadPanels, to = std::min(m.num_panels, from + kHeadPanels);
-    kernels->multiply(m, from, to, x, count, {logits, stride, nullptr, false, 1.0f});
+    kernels->multiply(m, from, to, x, count, {logits, stride, nullptr, false, 1.0f}, ahead(m, to));
     const int begin = from * kLanes, size = std::min(m.num_outputs, to * kLanes) - begin;
     for (int r = 0; r < count; ++r) {
       Best& b = found[(size_t)chunk * count + r];

@@ -166,14 +166,20 @@ class Model {
     int from, to;
   };
 
+  const Weights& head_weights() const { return output_head.is_set() ? output_head : embedding; }
   Rounding rounding(const Weights& w) const {
     return rounds_activations ? rounding_of(w.matrix.format) : Rounding::none;
   }
   void reserve(int num_inputs);
-  Rows prepare(Floats2d& x, int num_rows, int num_inputs, Rounding rounding, Prepared& room);
+  // What makes a row, and how many plain numbers that costs.
+  struct Fill {
+    int cost = 0;
+    std::function<void(int)> work;
+  };
+  Rows prepare(Floats2d& x, int num_rows, int num_inputs, Rounding rounding, Prepared& room, const Fill& fill);
   void multiply(const std::vector<Product>& products);
   void apply(Layer& layer, Place place, Floats2d& x, int num_rows, int num_inputs, Floats2d& y, bool add,
-             const std::vector<int>& adapted);
+             const std::vector<int>& adapted, const Fill& fill);
   void each_row(int num_rows, int per_row_cost, const std::function<void(int)>& work);
   void rotate_and_store(Layer& layer, int index, const int* positions, int num_inputs, Cache& cache);
   template <typename T>
@@ -188,6 +194,7 @@ class Model {
   int num_rotations_ = 0;
   std::vector<std::vector<float>> scratch_;
   std::vector<Piece> pieces_;
+  const Matrix* following_ = nullptr;  // the product after the one at hand, whose weights are fetched meanwhile
   std::vector<float> ones_;
   std::vector<int> slots_;  // cache position of each input
 };

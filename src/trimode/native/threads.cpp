@@ -29,8 +29,7 @@ void Threads::begin() {
     // After a fork the parent's threads do not exist here, and what they held may be locked for ever: it is left behind.
     helpers_ = new Helpers;
     helpers_->process = (int)getpid();
-    next_.store(0);
-    num_chunks_.store(0);
+    for (int i = 0; i < count_; ++i) shares_[i].next.store(0), shares_[i].end.store(0);
     try {
       for (int i = 1; i < count_; ++i) helpers_->threads.emplace_back([this, i, own = helpers_] { work_on(i, own); });
     } catch (const std::system_error&) {  // the system grants no more: fewer do the same work
@@ -47,15 +46,16 @@ void Threads::end() { active_.store(false, std::memory_order_release); }
 
 void Threads::run_shared(Call call, void* context, int num_chunks) {
   num_left_.store(num_chunks, std::memory_order_relaxed);
-  const uint64_t job = (next_.load(std::memory_order_relaxed) >> 32) + 1;
-  // nobody takes a chunk while the fields change: the old job has none left
-  num_chunks_.store(0, std::memory_order_relaxed);
-  call_.store(call, std::memory_order_relaxed);
-  context_.store(context, std::memory_order_relaxed);
-  next_.store(job << 32, std::memory_order_release);
-  num_chunks_.store(num_chunks, std::memory_order_release);
-  while (take_one(0)) {
+  ++job_;
+  for (int i = count_ - 1; i >= 0; --i) {
+    // nobody takes a chunk while this changes: of the old job none is left, and of the new one there is none until its end is told
+    Share& share = shares_[i];
+    share.call.store(call, std::memory_order_relaxed);
+    share.context.store(context, std::memory_order_relaxed);
+    share.next.store(job_ << 32 | (uint64_t)first_of(num_chunks, i), std::memory_order_release);
+    share.end.store(job_ << 32 | (uint64_t)first_of(num_chunks, i + 1), std::memory_order_release);
   }
+  work(0);
   for (int i = 0; num_left_.load(std::memory_order_acquire) != 0; ++i) {
     if (i < kSpins)
       pause();
@@ -64,18 +64,27 @@ void Threads::run_shared(Call call, void* context, int num_chunks) {
   }
 }
 
-bool Threads::take_one(int thread) {
-  uint64_t seen = next_.load(std::memory_order_acquire);
+// its own share, then what others have not begun
+void Threads::work(int thread) {
+  int num_done = 0;
+  for (int i = 0; i < count_; ++i) {
+    Share& share = shares_[(thread + i) % count_];
+    while (take_one(share, thread)) ++num_done;
+  }
+  // the job lasts until this is told: all of them were of the same one
+  if (num_done > 0) num_left_.fetch_sub(num_done, std::memory_order_acq_rel);
+}
+
+bool Threads::take_one(Share& share, int thread) {
+  uint64_t seen = share.next.load(std::memory_order_acquire);
   for (;;) {
-    const int total = num_chunks_.load(std::memory_order_acquire);
-    const Call call = call_.load(std::memory_order_relaxed);
-    void* const context = context_.load(std::memory_order_relaxed);
-    const int chunk = (int)(uint32_t)seen;
-    if (chunk >= total) return false;
+    const uint64_t end = share.end.load(std::memory_order_acquire);
+    const Call call = share.call.load(std::memory_order_relaxed);
+    void* const context = share.context.load(std::memory_order_relaxed);
+    if (seen >> 32 != end >> 32 || seen >= end) return false;
     // succeeds only while the job is the one whose fields were read: its number is part of the value
-    if (next_.compare_exchange_weak(seen, seen + 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
-      call(context, chunk, thread);
-      num_left_.fetch_sub(1, std::memory_order_acq_rel);
+    if (share.next.compare_exchange_weak(seen, seen + 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
+      call(context, (int)(uint32_t)seen, thread);
       return true;
     }
   }
@@ -83,6 +92,7 @@ bool Threads::take_one(int thread) {
 
 void Threads::work_on(int thread, Helpers* helpers) {
   int idle = 0;
+  uint64_t seen = 0;  // the job that was worked on last
   for (;;) {
     if (!active_.load(std::memory_order_acquire)) {
       // the next forward often follows at once, and waking costs tens of microseconds
@@ -94,7 +104,11 @@ void Threads::work_on(int thread, Helpers* helpers) {
       if (helpers->stopped) return;
       idle = 0;
     }
-    if (take_one(thread)) {
+    // only its own share is looked at while nothing is to be done
+    const uint64_t job = shares_[thread].end.load(std::memory_order_acquire) >> 32;
+    if (job != seen) {
+      seen = job;
+      work(thread);
       idle = 0;
     } else if (++idle < kSpins) {
       pause();

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <type_traits>
@@ -13,7 +14,7 @@ namespace trimode {
 // The caller works too and can finish alone: a helper that gets no processor delays nothing that it has not begun.
 class Threads {
  public:
-  explicit Threads(int count) : count_(count < 1 ? 1 : count) {}
+  explicit Threads(int count) : count_(count < 1 ? 1 : count), shares_(new Share[count_]) {}
   ~Threads();
   Threads(const Threads&) = delete;
   Threads& operator=(const Threads&) = delete;
@@ -32,7 +33,10 @@ class Threads {
     Threads& threads_;
   };
 
-  // work(chunk, thread) for each chunk in [0, num_chunks), in any order, on any threads; returns when all are done.
+  // Of so many chunks, where those begin that fall to a thread first: the same ones each time, so that its cache knows them.
+  int first_of(int num_chunks, int thread) const { return (int)((int64_t)num_chunks * thread / count_); }
+
+  // work(chunk, thread) for each chunk in [0, num_chunks), on any threads, each one's own in order and first; returns when all are done.
   template <typename Work>
   void run(int num_chunks, Work&& work) {
     if (count_ == 1 || num_chunks <= 1) {
@@ -52,24 +56,30 @@ class Threads {
     int process = 0;  // that made them
   };
 
+  // A thread's chunks of the job at hand. In cache lines of its own: what two cores write to travels between them, which takes as long as
+  // many a chunk.
+  using Call = void (*)(void*, int, int);
+  struct alignas(128) Share {
+    std::atomic<uint64_t> next{0};  // job number << 32 | next chunk
+    std::atomic<uint64_t> end{0};   // job number << 32 | behind the last chunk
+    // read before a chunk is taken, and valid if taking it succeeds
+    std::atomic<Call> call{nullptr};
+    std::atomic<void*> context{nullptr};
+  };
+
   void begin();
   void end();
-  using Call = void (*)(void*, int, int);
   void run_shared(Call call, void* context, int num_chunks);
+  void work(int thread);
+  bool take_one(Share& share, int thread);
   void work_on(int thread, Helpers* helpers);
-  bool take_one(int thread);
 
   const int count_;
+  const std::unique_ptr<Share[]> shares_;
   Helpers* helpers_ = nullptr;
-
-  // of the job at hand; read before a chunk is taken, and valid if taking it succeeds
-  std::atomic<Call> call_{nullptr};
-  std::atomic<void*> context_{nullptr};
-  std::atomic<int> num_chunks_{0};
-  std::atomic<uint64_t> next_{0};  // job number << 32 | next chunk
-  std::atomic<int> num_left_{0};
-
-  std::atomic<bool> active_{false};
+  uint64_t job_ = 0;
+  alignas(128) std::atomic<int> num_left_{0};
+  alignas(128) std::atomic<bool> active_{false};
 };
 
 }  // namespace trimode
