@@ -1,5 +1,6 @@
 """`auto`: the choice follows the curve of costs, and no choice changes an answer."""
 
+import itertools
 import json
 import random
 
@@ -11,7 +12,7 @@ from tests.worlds import random_lora, tiny_model
 from trimode.decoding.auto import Auto
 from trimode.decoding.interface import Choice
 from trimode.engine import cost
-from trimode.engine.cost import Acceptance, CostTable, MeasuredChooser, cost_table, measure_cost
+from trimode.engine.cost import REPEATS, Acceptance, CostTable, LatelySeen, MeasuredChooser, cost_table, measure_cost
 
 CHOICES = [Choice("ar"), *(Choice(kind, n) for kind in ("linear", "quadratic") for n in (2, 3, 5, 8))]
 FLAT = CostTable(num_inputs=(1, 64, 128), causal_s=(1.0, 1.05, 1.1), drafting_s=(1.0, 1.05, 1.1))
@@ -32,6 +33,11 @@ class AnyChoice:
     def note(self, g, num_drafted, num_accepted):
         assert 0 <= num_accepted <= num_drafted
         self.notes.append(num_accepted)
+
+    def note_cost(self, drafting, num_inputs, context, seconds):
+        assert context >= 0
+        assert num_inputs > 0
+        assert seconds > 0
 
 
 def worlds():
@@ -59,7 +65,7 @@ def test_whatever_is_chosen_a_greedy_answer_is_that_of_ar(model, seed, prompts):
 
 def chosen(table, rate, num_sharing=1, first_is_exact=False):
     chooser = MeasuredChooser(table, has_adapter=True, first_is_exact=first_is_exact)
-    return chooser._best(Acceptance(rate), None, num_sharing, probe=False)
+    return chooser._best(chooser.costs, Acceptance(rate), None, num_sharing, 0)
 
 
 def test_where_width_costs_nothing_good_drafts_are_verified_and_drafted_in_one_forward():
@@ -96,8 +102,71 @@ def test_the_choice_promises_at_least_what_ar_does(rate, seconds, num_sharing, e
     rising = tuple(sorted(seconds))
     table = CostTable(num_inputs=(1, 8, 64), causal_s=rising, drafting_s=rising)
     chooser = MeasuredChooser(table, has_adapter=True, first_is_exact=exact)
-    speeds = chooser.speeds(Acceptance(rate), None, num_sharing)
-    assert speeds[chooser._best(Acceptance(rate), None, num_sharing, probe=False)] >= speeds[Choice("ar")]
+    speeds = chooser.speeds(chooser.costs, Acceptance(rate), None, num_sharing)
+    assert speeds[chooser._best(chooser.costs, Acceptance(rate), None, num_sharing, 0)] >= speeds[Choice("ar")]
+
+
+def settled(table, rate, seen):
+    """What is chosen once forwards, by width and whether they draft, take what `seen` says and not what the table does."""
+    chooser = MeasuredChooser(table, has_adapter=True, first_is_exact=False)
+    assert chooser.costs.table is table
+    for (drafting, num_inputs), seconds in seen.items():
+        for _ in range(200):
+            chooser.note_cost(drafting, num_inputs, 0, seconds)
+    return chooser._best(chooser.costs, Acceptance(rate), None, 1, 0)
+
+
+def test_where_forwards_take_longer_than_the_table_says_the_choice_follows_them():
+    assert settled(FLAT, 0.6, {}).kind == "quadratic"
+    wide = {(True, n): float(n) for n in range(2, 97)} | {(False, n): float(n) for n in range(1, 97)}
+    assert settled(FLAT, 0.6, wide) == Choice("ar")
+    assert settled(STEEP, 0.9, {(d, n): 1.0 for d in (True, False) for n in range(1, 97)}).kind == "quadratic"
+
+
+def test_a_table_that_was_measured_on_a_busy_machine_is_off_as_a_whole():
+    busy = CostTable(num_inputs=(1, 8, 128), causal_s=(10.0, 11.0, 160.0), drafting_s=(10.0, 11.0, 160.0))
+    assert settled(busy, 0.9, {(False, 1): 1.0}) == settled(BENT, 0.9, {})
+
+
+def test_one_forward_that_was_interrupted_changes_little_and_a_slower_machine_is_noticed():
+    costs = LatelySeen(BENT)
+    for _ in range(50):
+        costs.note(False, 1, 0, 1.0)
+    version = costs.version
+    costs.note(False, 1, 0, 1000.0)
+    assert costs.seconds(False, 1) < 1.1
+    for _ in range(100):
+        costs.note(False, 1, 0, 1.5)
+    assert costs.seconds(False, 1) == pytest.approx(1.5, rel=0.05)
+    assert costs.version > version
+
+
+def test_forwards_of_others_and_prompts_are_no_measure_and_all_others_are():
+    model = tiny_model(3)
+    noted = []
+
+    class Noting(AnyChoice):
+        def choose(self, g, num_sharing):
+            return Choice("ar")
+
+        def note_cost(self, drafting, num_inputs, context, seconds):
+            noted.append((drafting, num_inputs))
+
+    auto = Auto(Noting(0))
+
+    def run(*modes):
+        noted.clear()
+        answers = [model.open_answer([5, 6, 7], {"mode": mode, "max_new_tokens": 6}) for mode in modes]
+        answers[0].generation.decoder = auto
+        for _ in model._run(answers, None):
+            pass
+        return noted, answers[0].generation.num_new
+
+    alone, num_new = run("self_spec")
+    assert alone == [(False, 1)] * (num_new - 1)
+    shared, _ = run("self_spec", "diffusion")
+    assert all(num_inputs == 1 for _, num_inputs in shared)
+    assert len(shared) < num_new - 1
 
 
 def test_acceptance_is_learnt_by_place_and_what_is_older_fades():
@@ -122,6 +191,50 @@ def test_a_request_that_turns_out_unlike_the_others_is_treated_by_its_own_count(
         chooser.note(bad, 7, 0)
     assert chooser.choose(good, 2).kind != "ar"
     assert chooser.choose(bad, 2).kind == "ar"
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.0])
+def test_what_is_nearly_as_good_is_tried_ever_more_rarely_and_what_is_hopeless_never_again(rate):
+    g = tiny_model(3).open_answer([5], {"mode": "self_spec"}).generation
+    table = CostTable(num_inputs=(1, 8, 128), causal_s=(1.0, 1.8, 28.0), drafting_s=(1.0, 1.8, 28.0))
+    chooser = MeasuredChooser(table, has_adapter=True, first_is_exact=False)
+    # each draft with a chance of a half makes about 0.95 of ar's speed at best
+    accepted = itertools.cycle([0, 1, 0, 2, 0, 1, 0, 3] if rate else [0])
+    for _ in range(100):
+        chooser.note(g, 7, next(accepted))
+    drafted = []
+    for i in range(10 * cost.PROBE_EVERY):
+        choice = chooser.choose(g, 1)
+        if choice.kind != "ar":
+            drafted.append(i)
+            chooser.note(g, choice.block_length - 1, min(choice.block_length - 1, next(accepted)))
+    waits = [b - a - 1 for a, b in itertools.pairwise(drafted)]
+    if rate:
+        assert drafted[0] == cost.FIRST_PROBE
+        assert waits[:3] == [2 * cost.FIRST_PROBE, 4 * cost.FIRST_PROBE, 8 * cost.FIRST_PROBE]
+        assert set(waits[4:]) == {cost.PROBE_EVERY}
+    else:
+        assert drafted == []
+
+
+def test_who_drafts_sees_what_ar_costs_once_in_a_while():
+    g = tiny_model(3).open_answer([5], {"mode": "self_spec"}).generation
+    chooser = MeasuredChooser(BENT, has_adapter=True, first_is_exact=False)
+    for _ in range(100):
+        chooser.note(g, 7, 7)
+    kinds = [chooser.choose(g, 1).kind for _ in range(3 * cost.PROBE_EVERY)]
+    assert 2 <= kinds.count("ar") <= 4
+    assert kinds.index("ar") >= cost.PROBE_EVERY
+
+
+def test_behind_a_long_context_a_block_costs_more():
+    table = CostTable(num_inputs=(1, 8, 128), causal_s=(1.0, 1.1, 16.0), drafting_s=(1.0, 1.1, 16.0), position_s=0.001)
+    chooser = MeasuredChooser(table, has_adapter=True, first_is_exact=False)
+    lengths = [
+        chooser._best(chooser.costs, Acceptance(0.9), None, 1, context).block_length for context in (0, 1000, 100_000)
+    ]
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[0] > lengths[-1] == 1
 
 
 def test_a_seeded_sample_does_not_hang_on_who_shares_the_forward():
@@ -196,7 +309,7 @@ class Counted:
 def test_measuring_stays_within_its_budget():
     table = measure_cost(Counted(tiny_model(3).forward), budget_s=0.0)
     assert table.num_inputs == (1,)
-    assert table.causal(8) == pytest.approx(8 * table.causal_s[0])
+    assert table.seconds(False, 8) == pytest.approx(8 * table.causal_s[0])
 
 
 @pytest.mark.parametrize(("size_s", "times"), [(0.0, 3), (1e9, 7)])
@@ -205,4 +318,5 @@ def test_forwards_that_take_long_are_measured_fewer_times(monkeypatch, size_s, t
     counted = Counted(tiny_model(3).forward)
     table = measure_cost(counted)
     kinds = 1 if counted.config.mask_token_id is None else 2
-    assert counted.num == 1 + times * kinds * len(table.num_inputs)
+    position = 1 + 2 * REPEATS.start
+    assert counted.num == 1 + times * kinds * len(table.num_inputs) + position

@@ -4,6 +4,7 @@ All of them give the autoregressive text (sampled: its distribution), so a choic
 handed in: it knows what forwards cost on this machine, which is no decoder's business. Told of every verification, it learns.
 """
 
+import time
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -27,6 +28,11 @@ class Chooser(Protocol):
 
     def note(self, g: Generation, num_drafted: int, num_accepted: int) -> None:
         """A verification happened."""
+        ...
+
+    def note_cost(self, drafting: bool, num_inputs: int, context: float, seconds: float) -> None:
+        """A forward over so many inputs, all of them of steps that were chosen, took so long with what was made of it. drafting: the
+        adapter acted on some. context: cached positions that an input sees, their mean."""
         ...
 
 
@@ -60,7 +66,16 @@ class Auto:
     def absorb(
         self, generations: Sequence[Generation], steps: Sequence[Step], predictions: Sequence[Predictions]
     ) -> list[Outcome]:
-        return [self._absorb_one(*each) for each in zip(generations, steps, predictions, strict=True)]
+        num_cached = sum(len(step.tokens) * g.cached for g, step in zip(generations, steps, strict=True))
+        start = time.perf_counter()
+        outcomes = [self._absorb_one(*each) for each in zip(generations, steps, predictions, strict=True)]
+        num_inputs = sum(len(step.tokens) for step in steps)
+        # a forward that others had a part in, or that read a prompt, tells little
+        if outcomes and num_inputs == predictions[0].num_inputs and all(step.kind != "prefill" for step in steps):
+            seconds = predictions[0].seconds + time.perf_counter() - start
+            drafting = any(step.adapted for step in steps)
+            self._chooser.note_cost(drafting, num_inputs, num_cached / num_inputs, seconds)
+        return outcomes
 
     def _absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Outcome:
         assert g.choice is not None

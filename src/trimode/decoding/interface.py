@@ -132,6 +132,10 @@ class Predictions:
     """len(step.after) rows"""
     at: Rows
     """len(step.at) rows"""
+    num_inputs: int = 0
+    """Of the whole forward, others' steps included."""
+    seconds: float = 0.0
+    """What that forward took."""
 
 
 @dataclass(frozen=True, slots=True)

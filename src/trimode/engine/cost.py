@@ -1,8 +1,8 @@
 """What a forward costs on this machine, measured; and what follows from it for `auto`.
 
-A table of seconds by number of inputs, with and without the adapter, is measured once (a second or two) and kept in a file that knows
-the machine and the model. The expected tokens a second of each way to go on then follow from the table and from the drafts that were
-accepted so far.
+A table of seconds by number of inputs, with and without the adapter, and by what they look back at, is measured once (a second or two)
+and kept in a file that knows the machine and the model. What forwards take later corrects it. The expected tokens a second of each way to
+go on then follow from the costs and from the drafts that were accepted so far.
 """
 
 import hashlib
@@ -11,8 +11,10 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from math import log2
 from pathlib import Path
 from statistics import median
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from trimode.decoding.auto import LARGEST_STEP
@@ -23,11 +25,13 @@ from trimode.model.config import ModelConfig
 from trimode.model.forward import Cache, Forward, Inputs
 from trimode.model.views import BlockOverCausal, Causal, View
 
-__all__ = ["Acceptance", "CostTable", "MeasuredChooser", "cost_table", "kept_table", "measure_cost"]
+__all__ = ["Acceptance", "CostTable", "LatelySeen", "MeasuredChooser", "cost_table", "kept_table", "measure_cost"]
 
 NUM_INPUTS = (1, 2, 4, 8, 16, 32, 64, 128)
 CONTEXT = 128
 """Cached positions in front of what is measured."""
+LONG_CONTEXT = 1024
+"""And once more, a few inputs behind so many, for what a position costs."""
 BUDGET_S = 8.0
 """Measuring stops here; more inputs are then extrapolated."""
 REPEATS = range(3, 8)
@@ -35,10 +39,11 @@ REPEATS = range(3, 8)
 SIZE_S = 0.1
 LENGTHS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
 """Block lengths that are considered."""
-ENOUGH = 1.08
+ENOUGH = 1.05
 """A choice must promise this much over `ar`: estimates are never better than that."""
-PROBE_EVERY = 48
-"""Rounds of `ar` after which a way that is nearly as good is tried again, to learn."""
+FIRST_PROBE, PROBE_EVERY = 4, 48
+"""Rounds of `ar` after which a way that is nearly as good is tried, to learn; twice as many after each trial, at most so many. After
+the latter number of rounds of drafting one of `ar` is tried too: what a forward takes changes, and is only seen where it is made."""
 NEARLY = 0.8
 
 
@@ -51,14 +56,13 @@ class CostTable:
     """All of them without the adapter, in one row."""
     drafting_s: tuple[float, ...]
     """One known token and masks on which the adapter acts."""
+    position_s: float = 0.0
+    """What each input takes more for each cached position beyond `CONTEXT`."""
 
-    def causal(self, num_inputs: float) -> float:
-        """Seconds of a causal forward."""
-        return _interpolate(self.num_inputs, self.causal_s, num_inputs)
-
-    def drafting(self, num_inputs: float) -> float:
-        """Seconds of a forward over masks."""
-        return _interpolate(self.num_inputs, self.drafting_s, num_inputs)
+    def seconds(self, drafting: bool, num_inputs: float, context: float = CONTEXT) -> float:
+        """Of a forward over so many inputs, each behind so many cached positions. drafting: over masks."""
+        of_inputs = _interpolate(self.num_inputs, self.drafting_s if drafting else self.causal_s, num_inputs)
+        return of_inputs + num_inputs * max(0.0, context - CONTEXT) * self.position_s
 
 
 def _interpolate(xs: Sequence[int], ys: Sequence[float], x: float) -> float:
@@ -101,7 +105,26 @@ def measure_cost(forward: Forward, *, budget_s: float = BUDGET_S) -> CostTable:
             break
     # a wider forward is never cheaper; where it seems so, the clock was disturbed
     ns, causal_s, drafting_s = zip(*found, strict=True)
-    return CostTable(num_inputs=ns, causal_s=_rising(causal_s), drafting_s=_rising(drafting_s))
+    left = budget_s - (time.perf_counter() - start)
+    position_s = _position_cost(forward) if 8 * causal_s[-1] < left and len(ns) > 2 else 0.0
+    return CostTable(num_inputs=ns, causal_s=_rising(causal_s), drafting_s=_rising(drafting_s), position_s=position_s)
+
+
+def _position_cost(forward: Forward) -> float:
+    num = NUM_INPUTS[2]
+    context = min(LONG_CONTEXT, forward.config.max_positions - num)
+    if context <= 2 * CONTEXT:
+        return 0.0
+    cache = forward.make_cache([context + num])
+    tokens = [1 % forward.config.vocab_size] * num
+    _run(forward, cache, 0, tokens * (CONTEXT // num), Causal(), ())
+    for place in range(CONTEXT, context - CONTEXT + 1, CONTEXT):  # memory that nobody wrote to is faster than any cache
+        cache.copy(cache.starts[0], cache.starts[0] + place, CONTEXT)
+    each: tuple[list[float], list[float]] = ([], [])
+    for _ in range(REPEATS.start):
+        for times, cached in zip(each, (CONTEXT, context), strict=True):
+            times.append(_run(forward, cache, cached, tokens, Causal(), ()))
+    return max(0.0, median(each[1]) - median(each[0])) / (num * (context - CONTEXT))
 
 
 def _run(forward: Forward, cache: Cache, cached: int, tokens: list[int], view: View, adapted: Sequence[int]) -> float:
@@ -152,7 +175,8 @@ def kept_table(forward: Forward, *, folder: Path | None = None) -> CostTable | N
     try:
         kept = json.loads(_path(identity, folder).read_text(encoding="utf-8"))
         if kept["identity"] == identity:
-            return CostTable(**{name: tuple(values) for name, values in kept["table"].items()})
+            table: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in kept["table"].items()}
+            return CostTable(**table)
     except (OSError, ValueError, KeyError, TypeError):
         pass  # none yet, another machine's, or cut off: to be measured anew
     return None
@@ -167,13 +191,69 @@ def _identity(forward: Forward) -> dict[str, object]:
     """What a cost hangs on."""
     config: ModelConfig = forward.config
     return {
-        "version": 2,
+        "version": 3,
         "processor": processor(),
         "cores": os.cpu_count(),
         "device": str(forward.device),
         "engine": forward.describe(),
         "shape": [config.width, config.mlp_width, config.num_layers, config.vocab_size, config.num_kv_heads],
     }
+
+
+class LatelySeen:
+    """A table, corrected by what forwards have taken lately: machines change their speed, and are busy while a table is measured.
+    Forwards of a width that was not seen yet are taken to be off as those of the nearest one are."""
+
+    _LEAST_WEIGHT = 0.1
+    """Of one forward. The first ones of a width count for more, and those of one that was not seen for a while."""
+    _WHILE = 100
+    """Forwards."""
+    _MOST = 2.0
+    """One forward tells of at most so much more or less than was known: what is beyond it was somebody else's turn."""
+
+    def __init__(self, table: CostTable) -> None:
+        self.table = table
+        self._off: dict[tuple[bool, int], float] = {}
+        self._counts: dict[tuple[bool, int], int] = {}
+        self._seen_at: dict[tuple[bool, int], int] = {}
+        self._num_notes = 0
+        self._told: dict[tuple[bool, int], float] = {}
+        self.version = 0
+        """Changes when costs have moved by more than a little."""
+
+    def seconds(self, drafting: bool, num_inputs: float, context: float = CONTEXT) -> float:
+        """See `CostTable`."""
+        return self.table.seconds(drafting, num_inputs, context) * self._factor(drafting, num_inputs)
+
+    def note(self, drafting: bool, num_inputs: int, context: float, seconds: float) -> None:
+        """A forward took so long, with what follows from it."""
+        if not 0 < num_inputs <= self.table.num_inputs[-1]:
+            return
+        key = (drafting, _place(num_inputs))
+        known = self._factor(drafting, num_inputs)
+        self._num_notes += 1
+        count = self._counts[key] = self._counts.get(key, 0) + 1
+        age = self._num_notes - self._seen_at.get(key, self._num_notes)
+        self._seen_at[key] = self._num_notes
+        weight = max(self._LEAST_WEIGHT, 1.0 / (count + 1), min(0.5, age / self._WHILE))
+        news = seconds / self.table.seconds(drafting, num_inputs, context) / known
+        self._off[key] = now = known * min(max(news, 1.0 / self._MOST), self._MOST) ** weight
+        if abs(log2(now / self._told.get(key, 1.0))) > 0.07:  # about 5 %
+            self._told[key] = now
+            self.version += 1
+
+    def _factor(self, drafting: bool, num_inputs: float) -> float:
+        if not self._off:
+            return 1.0
+        place = _place(num_inputs)
+        exact = self._off.get((drafting, place))
+        if exact is not None:
+            return exact
+        return self._off[min(self._off, key=lambda other: (other[0] != drafting, abs(other[1] - place)))]
+
+
+def _place(num_inputs: float) -> int:
+    return round(2 * log2(max(num_inputs, 1.0)))
 
 
 class Acceptance:
@@ -206,52 +286,95 @@ class Acceptance:
         return (self._accepted[k] + self._weight * before) / (self._tried[k] + self._weight)
 
 
+class _Trials:
+    """When a request tries what it does not take for the best."""
+
+    def __init__(self) -> None:
+        self.drafts = False
+        """Whether it has been drafting lately."""
+        self._num_same = 0
+        self._wait = FIRST_PROBE
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the next round is one."""
+        return self._num_same >= (PROBE_EVERY if self.drafts else self._wait)
+
+    def note(self, drafts: bool) -> None:
+        """What the round does."""
+        if self.is_due:  # that was the trial, whatever came of it
+            self._num_same = 0
+            if not self.drafts:
+                self._wait = min(2 * self._wait, PROBE_EVERY)
+        elif drafts == self.drafts:
+            self._num_same += 1
+        else:
+            self.drafts, self._num_same = drafts, 0
+
+
 class MeasuredChooser:
     """The way that promises most tokens a second."""
 
     def __init__(self, table: CostTable | Callable[[], CostTable], *, has_adapter: bool, first_is_exact: bool) -> None:
         """table: or what measures it, which nobody's first token waits for."""
-        self._known_table = table if isinstance(table, CostTable) else None
+        self._costs = LatelySeen(table) if isinstance(table, CostTable) else None
         self._measure = table
         self._has_adapter = has_adapter
         self._first_is_exact = first_is_exact
         self._all = Acceptance()
         self._each: WeakKeyDictionary[Generation, Acceptance] = WeakKeyDictionary()
-        self._last: WeakKeyDictionary[Generation, tuple[tuple[int, int, bool], Choice]] = WeakKeyDictionary()
+        self._last: WeakKeyDictionary[Generation, tuple[tuple[int, ...], Choice]] = WeakKeyDictionary()
         """What was chosen for each, and what that hung on: most rounds bring nothing new."""
+        self._trials: WeakKeyDictionary[Generation, _Trials] = WeakKeyDictionary()
 
     @property
-    def table(self) -> CostTable:
+    def costs(self) -> LatelySeen:
         """What forwards cost; measured now, if it was not yet."""
-        if self._known_table is None:
+        if self._costs is None:
             assert callable(self._measure)
-            self._known_table = self._measure()
-        return self._known_table
+            self._costs = LatelySeen(self._measure())
+        return self._costs
 
     def choose(self, g: Generation, num_sharing: int) -> Choice:
         if g.settings.temperature > 0 and g.settings.seed is not None:
             # what others do, and what was learnt before, must not reach into a seeded answer
-            return self._best(Acceptance(), None, 1, probe=False)
-        if self._known_table is None and g.num_new == 0:
+            return self._best(LatelySeen(self.costs.table), Acceptance(), None, 1, CONTEXT)
+        if self._costs is None and g.num_new == 0:
             return Choice("ar")
         own = self._each.setdefault(g, Acceptance())
-        probe = g.choices.get("ar", 0) % PROBE_EVERY == PROBE_EVERY - 1
-        key = (own.num_notes, num_sharing, probe)
+        trials = self._trials.setdefault(g, _Trials())
+        is_trial = trials.is_due
+        context = len(g.final) // CONTEXT * CONTEXT
+        key = (own.num_notes, self.costs.version, num_sharing, context, is_trial)
         known = self._last.get(g)
         if known is None or known[0] != key:
-            known = self._last[g] = (key, self._best(own, self._all, num_sharing, probe=probe))
-        return known[1]
+            enough = NEARLY if is_trial else ENOUGH
+            choice = self._best(self.costs, own, self._all, num_sharing, context, enough)
+            known = self._last[g] = (key, choice)
+        choice = known[1]
+        if is_trial and trials.drafts:
+            choice = Choice("ar")
+        trials.note(choice.kind != "ar")
+        return choice
 
     def note(self, g: Generation, num_drafted: int, num_accepted: int) -> None:
         self._all.note(num_drafted, num_accepted)
         self._each.setdefault(g, Acceptance()).note(num_drafted, num_accepted)
 
-    def speeds(self, own: Acceptance, shared: Acceptance | None, num_sharing: int) -> dict[Choice, float]:
+    def note_cost(self, drafting: bool, num_inputs: int, context: float, seconds: float) -> None:
+        if self._costs is not None:
+            self._costs.note(drafting and self._has_adapter, num_inputs, context, seconds)
+
+    def speeds(
+        self, costs: LatelySeen, own: Acceptance, shared: Acceptance | None, num_sharing: int, context: int = CONTEXT
+    ) -> dict[Choice, float]:
         """Expected tokens a second of one generation, by choice."""
         n = num_sharing
-        table = self.table
-        draft = table.drafting if self._has_adapter else table.causal
-        found = {Choice("ar"): 1.0 / table.causal(n)}
+
+        def draft(num_inputs: int) -> float:
+            return costs.seconds(self._has_adapter, num_inputs, context)
+
+        found = {Choice("ar"): 1.0 / costs.seconds(False, n, context)}
         accepted, chance = 0.0, 1.0
         known = 0
         exact = self._first_is_exact
@@ -260,21 +383,25 @@ class MeasuredChooser:
                 chance *= own.rate(known, None if shared is None else shared.rate(known))
                 accepted += chance
                 known += 1
-            if length * n > table.num_inputs[-1] * 2:
+            if length * n > costs.table.num_inputs[-1] * 2:
                 break
             emitted = 1.0 + exact + accepted
-            found[Choice("linear", length)] = emitted / (draft(n * length) + table.causal(n * length))
+            found[Choice("linear", length)] = emitted / (draft(n * length) + costs.seconds(False, n * length, context))
             width = length * (length if exact else length + 1)
             if width <= LARGEST_STEP:
                 found[Choice("quadratic", length)] = (1.0 + accepted) / draft(n * width)
         return found
 
-    def _best(self, own: Acceptance, shared: Acceptance | None, num_sharing: int, *, probe: bool) -> Choice:
-        speeds = self.speeds(own, shared, num_sharing)
+    def _best(
+        self,
+        costs: LatelySeen,
+        own: Acceptance,
+        shared: Acceptance | None,
+        num_sharing: int,
+        context: int,
+        enough: float = ENOUGH,
+    ) -> Choice:
+        speeds = self.speeds(costs, own, shared, num_sharing, context)
         ar = speeds.pop(Choice("ar"))
-        if not speeds:
-            return Choice("ar")
-        best = max(speeds, key=lambda choice: speeds[choice])
-        if speeds[best] > ENOUGH * ar or (probe and speeds[best] > NEARLY * ar):
-            return best
-        return Choice("ar")
+        best = max(speeds, key=lambda choice: speeds[choice], default=Choice("ar"))
+        return best if best.kind != "ar" and speeds[best] > enough * ar else Choice("ar")

@@ -4,6 +4,7 @@ Alignment is done here and nowhere else: a causal row predicts the position afte
 after it for checkpoints that were trained with a shift.
 """
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -54,13 +55,16 @@ class Runner:
             asked.extend(start + i for i in step.after)
             asked.extend(start + self._row_at(step, i) for i in step.at)
         inputs = Inputs(tokens=tokens, positions=positions, spans=spans, adapted=adapted, asked=asked)
+        begun = time.perf_counter()
         rows = Rows(*self._forward(inputs, self._cache).answers(0, len(asked)))
-        return self._hand_out(rows, len(asked), steps)
+        return self._hand_out(rows, len(asked), steps, len(tokens), time.perf_counter() - begun)
 
     def _row_at(self, step: Step, index: int) -> int:
         return step.view.predecessor(index) if self._shifted else index
 
-    def _hand_out(self, rows: Rows, num_rows: int, steps: Sequence[Step]) -> list[Predictions]:
+    def _hand_out(
+        self, rows: Rows, num_rows: int, steps: Sequence[Step], num_inputs: int, seconds: float
+    ) -> list[Predictions]:
         def part(start: int, stop: int) -> Rows:
             # slices of tensors are what a step of one token would spend most of its time on here
             if start == stop:
@@ -72,6 +76,8 @@ class Runner:
         for step in steps:
             middle = start + len(step.after)
             end = middle + len(step.at)
-            predictions.append(Predictions(after=part(start, middle), at=part(middle, end)))
+            predictions.append(
+                Predictions(after=part(start, middle), at=part(middle, end), num_inputs=num_inputs, seconds=seconds)
+            )
             start = end
         return predictions

@@ -39,8 +39,28 @@ inline void put(const Output& out, int row, int panel, Floats value) {
   store(p, out.add ? fma(value, all(out.scale), load(p)) : value);
 }
 
+// What a block of rows fetches for the panels that come next while it computes. Without it the first block over a panel waits for memory
+// and the others leave memory idle. One run of addresses, scales too: the processor's own prefetching follows it.
+class Fetching {
+ public:
+  // block `b` of so many, each of which takes so many steps
+  Fetching(const Ahead& next, int b, int num_blocks, int num_steps) {
+    const size_t lines = next.bytes / 64, from = lines * b / num_blocks;
+    at_ = next.at + from * 64;
+    end_ = next.at + lines * (b + 1) / num_blocks * 64;
+    each_ = ((size_t)(end_ - at_) / (size_t)num_steps + 63) / 64 * 64;
+  }
+  void step() {
+    for (const uint8_t* to = at_ + each_; at_ < to && at_ < end_; at_ += 64) __builtin_prefetch(at_, 0, 2);
+  }
+
+ private:
+  const uint8_t *at_, *end_;
+  size_t each_;
+};
+
 template <int R, int P>
-void block_f32(const Matrix& m, int panel, const Rows& x, int row, const Output& out) {
+void block_f32(const Matrix& m, int panel, const Rows& x, int row, const Output& out, Fetching fetching) {
   Floats acc[P][R];
   for (int p = 0; p < P; ++p)
     for (int r = 0; r < R; ++r) acc[p][r] = zero();
@@ -49,6 +69,7 @@ void block_f32(const Matrix& m, int panel, const Rows& x, int row, const Output&
   const float* rows[R];
   for (int r = 0; r < R; ++r) rows[r] = x.values + (size_t)(row + r) * x.stride;
   for (int k = 0; k < m.num_inputs; ++k) {
+    if (k % kGroup == 0) fetching.step();
     Floats weights[P];
     for (int p = 0; p < P; ++p) weights[p] = load(w[p] + (size_t)k * kLanes);
     for (int r = 0; r < R; ++r) {
@@ -61,7 +82,7 @@ void block_f32(const Matrix& m, int panel, const Rows& x, int row, const Output&
 }
 
 template <int R, int P>
-void block_bf16(const Matrix& m, int panel, const Rows& x, int row, const Output& out) {
+void block_bf16(const Matrix& m, int panel, const Rows& x, int row, const Output& out, Fetching fetching) {
   Floats acc[P][R];
   for (int p = 0; p < P; ++p)
     for (int r = 0; r < R; ++r) acc[p][r] = zero();
@@ -70,6 +91,7 @@ void block_bf16(const Matrix& m, int panel, const Rows& x, int row, const Output
   const float* rows[R];
   for (int r = 0; r < R; ++r) rows[r] = x.values + (size_t)(row + r) * x.stride;
   for (int k = 0; k < m.num_inputs; k += 2) {
+    if (k % kGroup == 0) fetching.step();
     Floats low[P], high[P];
     for (int p = 0; p < P; ++p) {
       low[p] = low_bf16(w[p] + (size_t)k * 2 * kLanes);
@@ -84,15 +106,8 @@ void block_bf16(const Matrix& m, int panel, const Rows& x, int row, const Output
     for (int r = 0; r < R; ++r) put(out, row + r, panel + p, acc[p][r]);
 }
 
-// The part of the panels that come next which block `b` of so many fetches while it computes. Without it the first block over a panel
-// waits for memory and the others leave memory idle. One run of addresses, scales too: the processor's own prefetching follows it.
-inline Ahead part_of(const Ahead& next, int b, int num_blocks) {
-  const size_t lines = next.bytes / 64, from = lines * b / num_blocks;
-  return {next.at + from * 64, (lines * (b + 1) / num_blocks - from) * 64};
-}
-
 template <int R, int P, bool kNibbles>
-void block_int(const Matrix& m, int panel, const Rows& x, int row, const Output& out, const Ahead& ahead) {
+void block_int(const Matrix& m, int panel, const Rows& x, int row, const Output& out, Fetching fetching) {
   constexpr int kSteps = kGroup / 4;
   constexpr int kGroupBytes = kNibbles ? kGroup * kLanes / 2 : kGroup * kLanes;
   const int groups = m.num_groups();
@@ -114,11 +129,8 @@ void block_int(const Matrix& m, int panel, const Rows& x, int row, const Output&
     sums[r] = x.sums + (size_t)(row + r) * x.group_stride;
     biases[r] = x.biases + (size_t)(row + r) * x.group_stride;
   }
-  const uint8_t *fetched = ahead.at, *const fetched_all = ahead.at + ahead.bytes;
-  const size_t each = (ahead.bytes / groups + 63) / 64 * 64;
   for (int g = 0; g < groups; ++g) {
-    for (const uint8_t* end = fetched + each; fetched < end && fetched < fetched_all; fetched += 64)
-      __builtin_prefetch(fetched, 0, 2);
+    fetching.step();
     Ints whole[P][R];
     for (int p = 0; p < P; ++p)
       for (int r = 0; r < R; ++r) whole[p][r] = all_ints(!kNibbles && kBiasInSum ? biases[r][g] : 0);
@@ -212,7 +224,7 @@ inline void add_inputs(Floats (&acc)[P][R], const Bytes (&four)[P], const Floats
 
 // weights of few bits, activations in float32: the very numbers, and a fifth of the bytes to read
 template <int R, int P, Format kFormat>
-void block_widened(const Matrix& m, int panel, const Rows& x, int row, const Output& out) {
+void block_widened(const Matrix& m, int panel, const Rows& x, int row, const Output& out, Fetching fetching) {
   constexpr bool kNibbles = kFormat == Format::u4;
   constexpr int kInputs = kFormat == Format::s8 ? kWideGroup : kGroup;
   constexpr int kGroupBytes = kInputs * kLanes / (kNibbles ? 2 : 1);
@@ -223,6 +235,7 @@ void block_widened(const Matrix& m, int panel, const Rows& x, int row, const Out
   const float* rows[R];
   for (int r = 0; r < R; ++r) rows[r] = x.values + (size_t)(row + r) * x.stride;
   for (int g = 0; g < groups; ++g) {
+    fetching.step();
     Floats scale[P], least[P];
     const uint8_t* w[P];
     for (int p = 0; p < P; ++p) {
@@ -249,18 +262,18 @@ void block_widened(const Matrix& m, int panel, const Rows& x, int row, const Out
 }
 
 template <int R, int P>
-void block_of(const Matrix& m, int panel, const Rows& x, int row, const Output& out, const Ahead& ahead) {
+void block_of(const Matrix& m, int panel, const Rows& x, int row, const Output& out, const Fetching& fetching) {
   switch (m.format) {
-    case Format::f32: return block_f32<R, P>(m, panel, x, row, out);
-    case Format::bf16: return block_bf16<R, P>(m, panel, x, row, out);
+    case Format::f32: return block_f32<R, P>(m, panel, x, row, out, fetching);
+    case Format::bf16: return block_bf16<R, P>(m, panel, x, row, out, fetching);
     case Format::u8:
-      if (x.rounding == Rounding::none) return block_widened<R, P, Format::u8>(m, panel, x, row, out);
-      return block_int<R, P, false>(m, panel, x, row, out, ahead);
+      if (x.rounding == Rounding::none) return block_widened<R, P, Format::u8>(m, panel, x, row, out, fetching);
+      return block_int<R, P, false>(m, panel, x, row, out, fetching);
     case Format::u4:
-      if (x.rounding == Rounding::none) return block_widened<R, P, Format::u4>(m, panel, x, row, out);
-      return block_int<R, P, true>(m, panel, x, row, out, ahead);
+      if (x.rounding == Rounding::none) return block_widened<R, P, Format::u4>(m, panel, x, row, out, fetching);
+      return block_int<R, P, true>(m, panel, x, row, out, fetching);
     case Format::s8:
-      if (x.rounding == Rounding::none) return block_widened<R, P, Format::s8>(m, panel, x, row, out);
+      if (x.rounding == Rounding::none) return block_widened<R, P, Format::s8>(m, panel, x, row, out, fetching);
       for (int p = 0; p < P; ++p) block_digits<R>(m, panel + p, x, row, out);
   }
 }
@@ -271,15 +284,15 @@ void panels_of(const Matrix& m, int panel, const Rows& x, int num_rows, const Ou
   int row = 0;
   for (int b = 0; b < num_blocks; ++b) {
     const int rows = (num_rows - row) / (num_blocks - b);  // blocks as equal as can be
-    const Ahead ahead = part_of(next, b, num_blocks);
-    if (rows == 1) block_of<1, P>(m, panel, x, row, out, ahead);
-    if (rows == 2) block_of<2, P>(m, panel, x, row, out, ahead);
+    const Fetching fetching(next, b, num_blocks, m.num_groups());
+    if (rows == 1) block_of<1, P>(m, panel, x, row, out, fetching);
+    if (rows == 2) block_of<2, P>(m, panel, x, row, out, fetching);
     if constexpr (kMaxRows >= 3)
-      if (rows == 3) block_of<3, P>(m, panel, x, row, out, ahead);
+      if (rows == 3) block_of<3, P>(m, panel, x, row, out, fetching);
     if constexpr (kMaxRows >= 6) {
-      if (rows == 4) block_of<4, P>(m, panel, x, row, out, ahead);
-      if (rows == 5) block_of<5, P>(m, panel, x, row, out, ahead);
-      if (rows == 6) block_of<6, P>(m, panel, x, row, out, ahead);
+      if (rows == 4) block_of<4, P>(m, panel, x, row, out, fetching);
+      if (rows == 5) block_of<5, P>(m, panel, x, row, out, fetching);
+      if (rows == 6) block_of<6, P>(m, panel, x, row, out, fetching);
     }
     row += rows;
   }

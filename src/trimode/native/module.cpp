@@ -122,7 +122,7 @@ void multiply_rows(const Matrix& m, const Kernels& kernels, const float* x, int 
   rows.quantized = quantized.data(), rows.quantized_stride = stride;
   rows.scales = scales.data(), rows.scale_stride = digits ? 1 : groups;
   rows.sums = sums.data(), rows.biases = biases.data(), rows.group_stride = biased;
-  kernels.multiply(m, 0, m.num_panels, rows, num_rows, {out.data(), outputs, nullptr, false, 1.0f});
+  kernels.multiply(m, 0, m.num_panels, rows, num_rows, {out.data(), outputs, nullptr, false, 1.0f}, {});
   for (size_t r = 0; r < (size_t)num_rows; ++r) std::copy_n(&out[r * outputs], m.num_outputs, y + r * m.num_outputs);
 }
 
