@@ -2,7 +2,7 @@
 
     python benchmarks/python_share.py                # the embedded model in int8: ar, linear and quadratic self-speculation
 
-The engine's two calls (`run` and `head`) are timed from Python, the way into C++ included. The rest is decoders, runner, text and
+The engine's calls (`run`, `head`, `draft`) are timed from Python, the way into C++ included. The rest is decoders, runner, text and
 statistics. Each setting answers several times, taking turns; the medians are printed, in milliseconds a forward as well.
 """
 
@@ -22,7 +22,7 @@ SETTINGS = {
 
 
 class Timed:
-    """The engine, with its seconds in `run` and `head` added up."""
+    """The engine, with the seconds of its calls added up."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
@@ -38,6 +38,9 @@ class Timed:
 
     def head(self, *given: Any) -> Any:
         return self._timed(self._engine.head, given)
+
+    def draft(self, *given: Any) -> Any:
+        return self._timed(self._engine.draft, given)
 
     def _timed(self, call: Any, given: tuple[Any, ...]) -> Any:
         start = time.perf_counter()

@@ -468,14 +468,20 @@ def bad_calls():
     yield "another model's cache", run(cache=other)
     yield (
         "hidden states of another width",
-        lambda: model.head(np.zeros((2, 31), np.float32), -1, np.zeros((2, 48), np.float32)),
+        lambda: model.head(np.zeros((2, 31), np.float32), -1, np.zeros((2, 48), np.float32), np.zeros(2, np.float32)),
     )
     yield (
         "room for too few logits",
-        lambda: model.head(np.zeros((2, 32), np.float32), -1, np.zeros((2, 32), np.float32)),
+        lambda: model.head(np.zeros((2, 32), np.float32), -1, np.zeros((2, 32), np.float32), np.zeros(2, np.float32)),
     )
-    yield "room for too few rows", lambda: model.head(np.zeros((2, 32), np.float32), -1, np.zeros((1, 48), np.float32))
-    yield "room of another type", lambda: model.head(np.zeros((2, 32), np.float32), -1, np.zeros((2, 48)))
+    yield (
+        "room for too few rows",
+        lambda: model.head(np.zeros((2, 32), np.float32), -1, np.zeros((1, 48), np.float32), np.zeros(2, np.float32)),
+    )
+    yield (
+        "room of another type",
+        lambda: model.head(np.zeros((2, 32), np.float32), -1, np.zeros((2, 48)), np.zeros(2, np.float32)),
+    )
     yield "copied from between", lambda: cache.copy(3, 16, 4)
     yield "copied beyond the end", lambda: cache.copy(0, 16, 17)
     yield "copied from before", lambda: cache.copy(-16, 0, 4)

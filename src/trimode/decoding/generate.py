@@ -68,6 +68,8 @@ def _by_decoder(generations: Sequence[Generation]) -> list[list[int]]:
 
 def plan_steps(generations: Sequence[Generation]) -> list[Step]:
     """The next forward of each generation, whatever their decoders."""
+    if len(generations) == 1:  # at batch 1 this loop is what Python does beside the engine
+        return generations[0].decoder.plan(generations)
     steps: dict[int, Step] = {}
     for group in _by_decoder(generations):
         planned = generations[group[0]].decoder.plan([generations[i] for i in group])
@@ -79,6 +81,8 @@ def absorb_predictions(
     generations: Sequence[Generation], steps: Sequence[Step], predictions: Sequence[Predictions]
 ) -> list[Outcome]:
     """What each of these forwards made final, whatever the decoders."""
+    if len(generations) == 1:
+        return generations[0].decoder.absorb(generations, steps, predictions)
     outcomes: dict[int, Outcome] = {}
     for group in _by_decoder(generations):
         absorbed = generations[group[0]].decoder.absorb(

@@ -74,12 +74,12 @@ class Step:
 class DraftHead(Protocol):
     """Masks are filled all at once and do not know one another's tokens. This chooses again when the token before is known."""
 
-    def draft(self, hidden: Tensor, logits: Tensor, before: int) -> tuple[list[int], list[float]]:
-        """Greedily, for masks in a row behind the token `before`: hidden [n, D], logits [n, V]. Also how probable each token is
-        behind those before it."""
+    def draft(self, hidden: Any, logits: Tensor, before: int) -> tuple[list[int], list[float]]:
+        """Greedily, for masks in a row behind the token `before`: hidden [n, D] as `Rows` has it, logits [n, V]. Also how probable
+        each token is behind those before it."""
         ...
 
-    def rescored(self, hidden: Tensor, logits: Tensor, before: int) -> Tensor:
+    def rescored(self, hidden: Any, logits: Tensor, before: int) -> Tensor:
         """One mask's logits behind the token `before`: of hidden [1, D] and logits [1, V] others [1, V]."""
         ...
 
@@ -96,8 +96,8 @@ class Rows:
     """[n] float32"""
     best_logits: Tensor | None = None
     """[n] float32 of `best`, on the host like it"""
-    hidden: Tensor | None = None
-    """[n, D] What a draft head wants of these inputs."""
+    hidden: Any = None
+    """[n, D] What the draft head wants of these inputs, a tensor or an array as it takes them."""
     draft_head: "DraftHead | None" = None
     """Chooses drafts that know the draft before them, where the checkpoint has such a head."""
 

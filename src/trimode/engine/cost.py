@@ -1,8 +1,8 @@
 """What a forward costs on this machine, measured; and what follows from it for `auto`.
 
 A table of seconds by number of inputs, with and without the adapter, and by what they look back at, is measured once (a second or two)
-and kept in a file that knows the machine and the model. What forwards take later corrects it. The expected tokens a second of each way to
-go on then follow from the costs and from the drafts that were accepted so far.
+and kept in a file that knows the machine and the model. What forwards take later corrects it. The expected tokens a second of each way
+to go on then follow from the costs and from the drafts that were accepted so far.
 """
 
 import hashlib

@@ -40,8 +40,8 @@ class Answers(NamedTuple):
     """[n] float32; None where nobody looked."""
     best_logits: Tensor | None = None
     """[n] float32, on the host: those of `best`; None where nobody looked."""
-    hidden: Tensor | None = None
-    """[n, D] The hidden states themselves, where a draft head may want them."""
+    hidden: Any = None
+    """[n, D] The hidden states themselves, where a draft head may want them, as it takes them."""
     draft_head: Any = None
     """Chooses drafts one behind the other (`draft`, `rescored`); None where the adapter has no successor."""
 

@@ -127,6 +127,21 @@ def _visible(view: View, length: int) -> np.ndarray | None:
     return visible_matrix(view, length).to(torch.uint8).numpy()
 
 
+class _Room:
+    """Where the head's results go: memory that a forward uses again, since to make and free it takes as long as what a token needs of
+    Python otherwise."""
+
+    def __init__(self, num_rows: int, vocab_size: int) -> None:
+        self.array = np.empty((num_rows, (vocab_size + 15) // 16 * 16), np.float32)
+        self.sums = np.empty(num_rows, np.float32)
+        self.logits = torch.from_numpy(self.array)[:, :vocab_size]
+        self.logsumexp = torch.from_numpy(self.sums)
+
+
+_MOST_KEPT = 32
+"""Rows of logits whose memory stays with a cache."""
+
+
 class NativeCache:
     """Keys and values in the engine's own layout."""
 
@@ -138,6 +153,7 @@ class NativeCache:
             self.starts.append(end)
             end += (length + _ROOM - 1) // _ROOM * _ROOM
         self.handle = model.make_cache(max(end, _ROOM), half)
+        self._rooms: dict[int, _Room] = {}
 
     def place(self, slot: int, start: int, length: int) -> None:
         """Let a slot be these positions from now on; whoever places slots keeps them apart."""
@@ -147,6 +163,15 @@ class NativeCache:
     def copy(self, source: int, target: int, num_positions: int) -> None:
         """Copy what lies at `source` and behind it to `target`, beginnings of slots both; the two may overlap."""
         self.handle.copy(source, target, num_positions)
+
+    def room(self, num_rows: int, vocab_size: int) -> _Room:
+        """For the logits of the forward at hand: the next one over this cache uses it again."""
+        if num_rows > _MOST_KEPT:
+            return _Room(num_rows, vocab_size)
+        found = self._rooms.get(num_rows)
+        if found is None:
+            found = self._rooms[num_rows] = _Room(num_rows, vocab_size)
+        return found
 
     @property
     def num_bytes(self) -> int:
@@ -281,45 +306,49 @@ class NativeForward:
         spans = [(s.start, s.length, cache.starts[s.slot], s.cached, _visible(s.view, s.length)) for s in inputs.spans]
         with self._lock:
             hidden = self._model.run(inputs.tokens, inputs.positions, spans, cache.handle, inputs.adapted, inputs.asked)
-        return NativeScores(self, hidden)
+        return NativeScores(self, hidden, cache)
 
-    def head(self, hidden: np.ndarray) -> Answers:
-        """Logits of hidden states [n, D], and what is known of them beside."""
-        V = self.config.vocab_size
-        logits = torch.empty(len(hidden), (V + 15) // 16 * 16)
+    def head(self, hidden: np.ndarray, room: _Room | None = None) -> Answers:
+        """Logits of hidden states [n, D], and what is known of them beside. room: where they go; None: to memory of their own."""
+        room = room or _Room(len(hidden), self.config.vocab_size)
         with self._lock:
-            best, logsumexp = self._model.head(hidden, self._mask, logits.numpy())
-        found = Answers(logits[:, :V], tuple(best.tolist()), torch.from_numpy(logsumexp))
-        return found._replace(hidden=torch.from_numpy(hidden), draft_head=self) if self._has_successor else found
+            best = self._model.head(hidden, self._mask, room.array, room.sums)
+        if not self._has_successor:
+            return Answers(room.logits, tuple(best), room.logsumexp)
+        return Answers(room.logits, tuple(best), room.logsumexp, None, hidden, self)
 
     @property
     def _mask(self) -> int:
         return -1 if self.config.mask_token_id is None else self.config.mask_token_id
 
-    def draft(self, hidden: Tensor, logits: Tensor, before: int) -> tuple[list[int], list[float]]:
+    def draft(self, hidden: np.ndarray, logits: Tensor, before: int) -> tuple[list[int], list[float]]:
         """See `decoding.interface.DraftHead`."""
         count = num_candidates(self.config.vocab_size)
         with self._lock:
-            tokens, probabilities = self._model.draft(hidden.numpy(), logits.numpy(), before, self._mask, count)
+            tokens, probabilities = self._model.draft(hidden, logits.numpy(), before, self._mask, count)
         return tokens.tolist(), probabilities.tolist()
 
-    def rescored(self, hidden: Tensor, logits: Tensor, before: int) -> Tensor:
+    def rescored(self, hidden: np.ndarray, logits: Tensor, before: int) -> Tensor:
         """See `decoding.interface.DraftHead`."""
         count = num_candidates(self.config.vocab_size)
         with self._lock:
-            tokens, scores = self._model.rescore(hidden.numpy(), logits.numpy(), before, self._mask, count)
+            tokens, scores = self._model.rescore(hidden, logits.numpy(), before, self._mask, count)
         return logits.scatter(-1, torch.from_numpy(tokens).long()[None], torch.from_numpy(scores)[None])
 
 
 class NativeScores:
     """Hidden states of the inputs that a forward was asked for."""
 
-    def __init__(self, forward: NativeForward, hidden: np.ndarray) -> None:
+    def __init__(self, forward: NativeForward, hidden: np.ndarray, cache: NativeCache) -> None:
         self._forward = forward
         self._hidden = hidden
+        self._cache: NativeCache | None = cache
 
     def answers(self, start: int, stop: int) -> Answers:
-        return self._forward.head(self._hidden[start:stop])
+        cache, self._cache = self._cache, None
+        # whoever asks twice gets twice
+        room = None if cache is None else cache.room(stop - start, self._forward.config.vocab_size)
+        return self._forward.head(self._hidden[start:stop], room)
 
     def logits(self, start: int, stop: int) -> Tensor:
         return self.answers(start, stop).logits

@@ -370,25 +370,24 @@ PYBIND11_MODULE(_native, m) {
              return hidden;
            })
       .def("head",
-           [](Model& self, FloatArray hidden, int but, py::array_t<float, py::array::c_style> logits) {
+           [](Model& self, FloatArray hidden, int but, py::array_t<float, py::array::c_style> logits,
+              py::array_t<float, py::array::c_style> logsumexp) {
              require(self.embedding.is_set() && hidden.ndim() == 2 && hidden.shape(1) == self.config.width && hidden.shape(0) <= kMost,
                      "hidden states of another width");
              require(logits.ndim() == 2 && logits.shape(0) >= hidden.shape(0) && logits.shape(1) >= round_up(self.config.vocab_size, kLanes),
                      "too little room for the logits");
-             const int count = (int)hidden.shape(0);
-             py::array_t<int> best(count);
-             py::array_t<float> logsumexp(count);
-             int* const b = best.mutable_data();
-             float* const l = logsumexp.mutable_data();
+             require(logsumexp.ndim() == 1 && logsumexp.shape(0) >= hidden.shape(0), "too little room for the sums");
+             std::vector<int> best(hidden.shape(0));
+             float* const sums = logsumexp.mutable_data();
              float* const out = logits.mutable_data();
              const size_t stride = (size_t)logits.shape(1);
              {
                py::gil_scoped_release release;
-               self.head(hidden.data(), count, but, out, stride, b, l);
+               self.head(hidden.data(), (int)best.size(), but, out, stride, best.data(), sums);
              }
-             return py::make_tuple(best, logsumexp);
+             return best;
            },
-           py::arg("hidden"), py::arg("but"), py::arg("logits").noconvert())
+           py::arg("hidden"), py::arg("but"), py::arg("logits").noconvert(), py::arg("logsumexp").noconvert())
       .def("set_successor",
            [](Model& self, const PyMatrix& from_hidden, const PyMatrix& from_before, const PyMatrix& outer) {
              const int R = from_hidden.weights->matrix.num_outputs, D = self.config.width;
