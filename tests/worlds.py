@@ -1,5 +1,10 @@
 """Tiny worlds: random models small enough to be run thousands of times."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
 import torch
 
 from trimode.model.config import ModelConfig, RopeConfig
@@ -117,3 +122,17 @@ def native_forward(config, tensors, *, precision="float32", lora=None, threads=1
     if lora is not None:
         forward.set_adapter(lora)
     return forward
+
+
+@contextmanager
+def looks_at_tensors() -> Iterator[list[str]]:
+    """Every look at a tensor's numbers, by its kind: on a device each would wait for it."""
+    looks: list[str] = []
+
+    def counted(name: str, whole: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda self: looks.append(name) or whole(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("tolist", "item", "__float__", "__int__", "__bool__"):
+            patch.setattr(torch.Tensor, name, counted(name, getattr(torch.Tensor, name)))
+        yield looks

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.worlds import EOS, random_lora, tiny_config, tiny_model
+from tests.worlds import EOS, looks_at_tensors, random_lora, tiny_config, tiny_model
 from trimode.decoding.interface import Rows
+from trimode.decoding.sampling import adjusted, pick, truncated_distribution, uniform, verify
 from trimode.engine.request import Request
 
 KINDS = ("linear", "quadratic")
@@ -169,8 +170,6 @@ def test_the_chi_square_test_notices_a_sampler_that_accepts_every_draft():
 
 
 def test_rejection_sampling_accepts_with_probability_p_over_q():
-    from trimode.decoding.sampling import verify
-
     model = tiny_model(0, vocab_size=5)
     answer = model.open_answer([1], {"mode": "self_spec", "temperature": 1.0, "seed": 0})
     g = answer.generation
@@ -188,3 +187,34 @@ def test_rejection_sampling_accepts_with_probability_p_over_q():
     assert abs(num_accepted / total - 0.6) < 0.02
     for token in range(3):
         assert abs(firsts[token] / total - float(p[token])) < 0.02
+
+
+@pytest.mark.parametrize("knobs", [{}, {"top_k": 5}, {"top_p": 0.7, "temperature": 0.6}, {"min_p": 0.1}], ids=str)
+@pytest.mark.parametrize("has_q", [True, False], ids=["q", "certain"])
+def test_places_that_are_looked_at_together_come_to_what_they_come_to_one_by_one(has_q, knobs):
+    """Where logits lie on a device all places are judged before one is waited for: the same tokens, the same random numbers."""
+    model = tiny_model(0, vocab_size=16)
+    num_looks = Counter()
+    ends = Counter()
+    for case in range(300):
+        draws = torch.Generator().manual_seed(case)
+        n = case % 7 + 1
+        logits = 2 * torch.randn(n + 1, 16, generator=draws)
+        # some drafts of the model's own likeliest, some of distributions that agree with it, to the last bit too
+        near = logits[:n].clone() if case % 5 == 0 else logits[:n] + torch.randn(n, 16, generator=draws) * (case % 3)
+        found = []
+        for at_once in (False, True):
+            settings = {"mode": "self_spec", "temperature": 1.0, "seed": case, **knobs}
+            g = model.open_answer([1], settings).generation
+            q = truncated_distribution(adjusted(near, g), g.settings) if has_q else None
+            drafts = pick(q, uniform(g, n)).tolist() if q is not None else adjusted(near, g).argmax(dim=-1).tolist()
+            with looks_at_tensors() as looks:
+                tokens = verify(drafts, q, Rows(logits), g, at_once=at_once)
+            num_looks[at_once] += len(looks)
+            found.append((tokens, float(uniform(g))))
+            assert len(tokens) <= n + 1
+        assert found[0] == found[1]
+        ends[len(found[0][0]) == n + 1] += 1
+    assert num_looks[True] == 300  # once each; one by one there are many more
+    assert num_looks[False] > 600
+    assert min(ends.values()) > 20

@@ -3,15 +3,19 @@
 import gc
 import threading
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from tests.model.test_static import filled, forward, inputs_of
-from tests.worlds import random_lora, tiny_config
+from tests.worlds import looks_at_tensors, random_lora, tiny_config
+from trimode.decoding import self_speculation
 from trimode.decoding.interface import Rows
+from trimode.decoding.sampling import verify
 from trimode.engine.engine import Engine, EngineLimits, Entry
 from trimode.engine.language_model import LanguageModel
+from trimode.engine.request import Request
 from trimode.model.forward import TorchForward, TorchScores
 from trimode.model.graphs import KernelChoice, Rehearsal, StaticForward
 from trimode.model.lora import ADAPTED_PARTS
@@ -226,6 +230,26 @@ def test_answers_are_the_same_and_each_greedy_forward_waits_once_for_the_device(
     capture = own.forward.capture
     assert capture.num_fetches == len(num_forwards)
     assert capture.num_captures > 0
+
+
+@pytest.mark.parametrize("kind", ["ar", "linear"])
+def test_a_sampled_forward_waits_for_its_tokens_and_for_nothing_else(kind, monkeypatch):
+    """Whose tokens are drawn wants no arg-maxima; a mixed batch does."""
+    knobs = {"mode": "ar"} if kind == "ar" else {"mode": "self_spec", "draft_lora": False}
+    own = model(captured=True)
+    # as where logits lie on a device; the numbers that come of it are those of one place after the other
+    monkeypatch.setattr(self_speculation, "verify", partial(verify, at_once=True))
+    num_forwards = []
+    run = TorchForward.__call__
+    monkeypatch.setattr(TorchForward, "__call__", lambda *a: num_forwards.append(1) or run(*a))
+    given = {"temperature": 1.0, "seed": 3, "max_new_tokens": 40, "ignore_eos": True, **knobs}
+    with looks_at_tensors() as looks:
+        out = own.generate([5, 6, 7], **given)
+    assert own.forward.capture.num_fetches == 0
+    assert len(looks) == len(num_forwards)
+    assert out.token_ids == model(captured=False).generate([5, 6, 7], **given).token_ids
+    own.generate([Request([5, 6, 7], **given), Request([5, 6], **knobs)])
+    assert own.forward.capture.num_fetches > 0
 
 
 @pytest.mark.parametrize("knobs", MODES, ids=lambda k: "-".join(map(str, k.values())))

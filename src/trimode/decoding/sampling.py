@@ -221,6 +221,8 @@ def verify(
     q: Float[Tensor, "T V"] | None,
     rows: Rows,
     generation: Generation,
+    *,
+    at_once: bool | None = None,
 ) -> list[int]:
     """The tokens that follow `generation.final`: the accepted run of drafts and one more, distributed exactly as if each had been
     drawn from the causal logits one by one. Row i predicts drafts[i]; the last row follows all of them.
@@ -228,6 +230,9 @@ def verify(
     Greedy: a draft is accepted if it is the arg-max. Sampled (arXiv 2211.17192): draft x is accepted with probability
     min(1, p(x) / q(x)), else a token is drawn from the positive part of p - q. Without `q` a draft counts as certain (q = 1 at x):
     exact for any draft however it was made, as long as these random numbers had no part in it.
+
+    at_once: all places are looked at together, which waits once for a device; None: where logits lie on one. Else no place is looked at
+    behind a rejection. Tokens and random numbers are the same either way.
     """
     settings = generation.settings
     history = list(generation.final)
@@ -241,6 +246,8 @@ def verify(
         while num < len(drafts) and drafts[num] == best[num]:
             num += 1
         return best[: num + 1]
+    if rows_stand_alone and (rows.logits.device.type != "cpu" if at_once is None else at_once):
+        return _verify_at_once(drafts, q, rows, generation)
     for i in range(len(drafts) + 1):
         draft = drafts[i] if i < len(drafts) else None
         if settings.temperature == 0 or draft is None or forced_token(generation, history) is not None:
@@ -267,3 +274,27 @@ def _accept_or_redraw(draft: int, p: Tensor, q: Tensor | None, generation: Gener
         # p equals q up to rounding, so a rejection has no measure: the draft is as good a draw as any
         return draft
     return int(pick(residual[None], uniform(generation)))
+
+
+def _verify_at_once(drafts: Sequence[int], q: Tensor | None, rows: Rows, generation: Generation) -> list[int]:
+    """What each place would come to if it were reached, in one tensor: place i takes the i-th random number to accept its draft, the
+    next one to draw another token."""
+    n, device = len(drafts), rows.logits.device
+    before = generation.random.get_state()
+    u = uniform(generation, n + 1).to(device)
+    p = truncated_distribution(adjusted(rows.logits, generation), generation.settings)
+    places = torch.tensor(drafts, dtype=torch.long).to(device)[:, None]
+    p_draft = p[:n].gather(-1, places)[:, 0]
+    if q is None:
+        accepted, residual = u[:n] < p_draft, p[:n].scatter(-1, places, 0.0)
+    else:
+        accepted, residual = u[:n] * q.gather(-1, places)[:, 0] < p_draft, (p[:n] - q).clamp(min=0.0)
+    # nothing is left: p equals q up to rounding, and the draft is as good a draw as any
+    accepted |= residual.sum(dim=-1) <= 0.0
+    drawn = pick(torch.cat([residual, p[n:]]), torch.cat([u[1:], u[n:]]))
+    told = torch.cat([accepted.long(), drawn]).tolist()
+    num_accepted = next((i for i in range(n) if not told[i]), n)
+    # as many random numbers are used up as place by place
+    generation.random.set_state(before)
+    uniform(generation, min(num_accepted + 2, n + 1))
+    return [*drafts[:num_accepted], told[n + num_accepted]]

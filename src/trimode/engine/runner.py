@@ -54,7 +54,14 @@ class Runner:
             adapted.extend(start + i for i in step.adapted)
             asked.extend(start + i for i in step.after)
             asked.extend(start + self._row_at(step, i) for i in step.at)
-        inputs = Inputs(tokens=tokens, positions=positions, spans=spans, adapted=adapted, asked=asked)
+        inputs = Inputs(
+            tokens=tokens,
+            positions=positions,
+            spans=spans,
+            adapted=adapted,
+            asked=asked,
+            wants_best=any(g.settings.temperature == 0 for g in generations),
+        )
         begun = time.perf_counter()
         rows = Rows(*self._forward(inputs, self._cache).answers(0, len(asked)))
         return self._hand_out(rows, len(asked), steps, len(tokens), time.perf_counter() - begun)

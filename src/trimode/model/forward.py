@@ -185,7 +185,7 @@ class TorchForward:
             with self._lock:
                 found = static(inputs, cache)
             if found is not None:
-                return TorchScores(self, cache, hidden=found.hidden, logits=found.logits, numbers=found.numbers)
+                return TorchScores(self, cache, inputs, hidden=found.hidden, logits=found.logits, numbers=found.numbers)
         device = self.device
         hidden = self.transformer(
             torch.tensor(inputs.tokens, device=device),
@@ -195,7 +195,7 @@ class TorchForward:
             lora_rows=None if self._lora is None else torch.tensor(inputs.adapted, dtype=torch.long, device=device),
         )
         asked = torch.tensor(inputs.asked, dtype=torch.long, device=device)
-        return TorchScores(self, cache, hidden=hidden[asked])
+        return TorchScores(self, cache, inputs, hidden=hidden[asked])
 
 
 class TorchScores:
@@ -205,6 +205,7 @@ class TorchScores:
         self,
         forward: TorchForward,
         cache: KeyValueCache,
+        inputs: Inputs,
         *,
         hidden: Tensor,
         logits: Tensor | None = None,
@@ -213,6 +214,7 @@ class TorchScores:
         self._forward = forward
         # while somebody may read the logits, nobody else's forward may use the memory where they lie
         self._cache = cache
+        self._wants_best = inputs.wants_best
         self._hidden = hidden
         self._logits = logits
         self._numbers = numbers
@@ -223,10 +225,10 @@ class TorchScores:
         forward = self._forward
         hidden = None if forward.draft_head is None else self._hidden[start:stop]
         answers = Answers(logits, hidden=hidden, draft_head=forward.draft_head)
+        if forward.capture is None or start == stop or not self._wants_best:
+            return answers
         if self._numbers is not None:
             numbers = self._numbers[:, start:stop]
-        elif forward.capture is None or start == stop:
-            return answers
         else:
             found = torch.empty(3, len(logits), dtype=torch.float64, device=logits.device)
             find_best(logits, forward.config.mask_token_id, found)
