@@ -277,6 +277,16 @@ def test_training_goes_on_from_an_exported_adapter(world, tmp_path):
         train(world, tmp_path / "third", first, "adapter.rank=8")
 
 
+def test_a_successor_may_be_new_and_must_else_have_the_width_that_it_had(world, tmp_path):
+    train(world, tmp_path / "without", "train.steps=1")
+    without = f"adapter.initial={tmp_path / 'without' / 'adapter'}"
+    train(world, tmp_path / "with", without, "adapter.successor=4", "train.steps=1")
+    first = f"adapter.initial={tmp_path / 'with' / 'adapter'}"
+    for width in (0, 8):
+        with pytest.raises(TrainingError, match=f"has a successor of width 4; the recipe asks for {width}"):
+            train(world, tmp_path / f"other{width}", first, f"adapter.successor={width}", "train.steps=1")
+
+
 def test_an_adapter_for_another_base_is_refused(world, tmp_path):
     train(world, tmp_path / "run", "train.steps=1")
     config = open_checkpoint(world / "base").config

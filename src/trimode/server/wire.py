@@ -257,7 +257,9 @@ def _cost(stats: Sequence[Stats], call: Call) -> dict[str, Any]:
     rounds, round_tokens = sum(t.rounds for t in tallies), sum(t.round_tokens for t in tallies)
     seconds = max(s.seconds for s in stats)
     settings = call.entries[0].generation.settings
-    blocks = stats[0].mode in ("diffusion", "self_spec")
+    choices = sum((Counter(entry.generation.choices) for entry in call.entries), Counter())
+    # the rounds of `auto` had blocks of several lengths, which `choices` tells
+    blocks = stats[0].mode in ("diffusion", "self_spec") and not choices
     return {
         "nfe_prefill": prefill,
         "nfe_decode": decode,
@@ -265,7 +267,7 @@ def _cost(stats: Sequence[Stats], call: Call) -> dict[str, Any]:
         "e2e_tpf": tokens / max(prefill + decode, 1),
         "acceptance_length": round_tokens / rounds if rounds else None,
         "block_length": (settings.block_length or call.entries[0].generation.traits.block_length) if blocks else None,
-        "choices": dict(sum((Counter(entry.generation.choices) for entry in call.entries), Counter())) or None,
+        "choices": dict(choices) or None,
         "revised": sum(s.revised for s in stats),
         "seconds": seconds,
         "first_token_seconds": min(s.first_token_seconds for s in stats),
