@@ -217,6 +217,28 @@ def test_what_is_nearly_as_good_is_tried_ever_more_rarely_and_what_is_hopeless_n
         assert drafted == []
 
 
+@pytest.mark.parametrize("kind", ["linear", "quadratic"])
+def test_a_trial_lasts_until_a_draft_is_verified(kind, monkeypatch):
+    """A quadratic round only drafts in its first forward."""
+    model = tiny_model(3)
+    chooser = MeasuredChooser(FLAT, has_adapter=True, first_is_exact=False)
+    # drafting promises less than ar, and enough to be tried
+    monkeypatch.setattr(
+        chooser, "_best", lambda *a: Choice(kind, 3) if len(a) == 6 and a[-1] == cost.NEARLY else Choice("ar")
+    )
+    verified = []
+    monkeypatch.setattr(
+        chooser, "note", lambda g, *a: verified.append(g.num_new) or MeasuredChooser.note(chooser, g, *a)
+    )
+    answer = model.open_answer([5], {"mode": "self_spec", "max_new_tokens": 60, "ignore_eos": True})
+    answer.generation.decoder = Auto(chooser)
+    for _ in model._run([answer], None):
+        pass
+    rounds = answer.generation.choices[f"{kind} 3"]
+    assert len(verified) >= 3
+    assert rounds == len(verified) * (2 if kind == "quadratic" else 1)
+
+
 def test_who_drafts_sees_what_ar_costs_once_in_a_while():
     g = tiny_model(3).open_answer([5], {"mode": "self_spec"}).generation
     chooser = MeasuredChooser(BENT, has_adapter=True, first_is_exact=False)

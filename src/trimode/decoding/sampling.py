@@ -116,7 +116,7 @@ def uniform(generation: Generation, count: int = 1) -> Tensor:
 def pick(p: Float[Tensor, "T V"], u: Float[Tensor, " T"]) -> Int[Tensor, " T"]:
     """One token a row: where the cumulative distribution passes u."""
     cumulative = p.cumsum(dim=-1)
-    target = u.to(p.device)[:, None] * cumulative[:, -1:]
+    target = u.to(p.device, non_blocking=True)[:, None] * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, target, right=True)[:, 0]
     # rounding may carry u past the last token with any probability
     last = p.shape[-1] - 1 - (p > 0).flip(-1).to(torch.uint8).argmax(dim=-1)
@@ -281,9 +281,11 @@ def _verify_at_once(drafts: Sequence[int], q: Tensor | None, rows: Rows, generat
     next one to draw another token."""
     n, device = len(drafts), rows.logits.device
     before = generation.random.get_state()
-    u = uniform(generation, n + 1).to(device)
+    u = uniform(generation, n + 1).to(
+        device, non_blocking=True
+    )  # else the copy itself would wait for all that was begun
     p = truncated_distribution(adjusted(rows.logits, generation), generation.settings)
-    places = torch.tensor(drafts, dtype=torch.long).to(device)[:, None]
+    places = torch.tensor(drafts, dtype=torch.long).to(device, non_blocking=True)[:, None]
     p_draft = p[:n].gather(-1, places)[:, 0]
     if q is None:
         accepted, residual = u[:n] < p_draft, p[:n].scatter(-1, places, 0.0)

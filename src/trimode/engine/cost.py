@@ -112,7 +112,7 @@ def measure_cost(forward: Forward, *, budget_s: float = BUDGET_S) -> CostTable:
 
 def _position_cost(forward: Forward) -> float:
     num = NUM_INPUTS[2]
-    context = min(LONG_CONTEXT, forward.config.max_positions - num)
+    context = min(LONG_CONTEXT, forward.config.max_positions - num) // CONTEXT * CONTEXT
     if context <= 2 * CONTEXT:
         return 0.0
     cache = forward.make_cache([context + num])
@@ -249,7 +249,8 @@ class LatelySeen:
         exact = self._off.get((drafting, place))
         if exact is not None:
             return exact
-        return self._off[min(self._off, key=lambda other: (other[0] != drafting, abs(other[1] - place)))]
+        # another thread may be noting a new width
+        return self._off[min(list(self._off), key=lambda other: (other[0] != drafting, abs(other[1] - place)))]
 
 
 def _place(num_inputs: float) -> int:
@@ -290,26 +291,39 @@ class _Trials:
     """When a request tries what it does not take for the best."""
 
     def __init__(self) -> None:
-        self.drafts = False
-        """Whether it has been drafting lately."""
+        self.choice: Choice | None = None
+        """What is being tried."""
+        self._begun_at = 0
+        self._drafts = False
         self._num_same = 0
         self._wait = FIRST_PROBE
 
     @property
     def is_due(self) -> bool:
-        """Whether the next round is one."""
-        return self._num_same >= (PROBE_EVERY if self.drafts else self._wait)
+        """Whether something is to be tried next."""
+        return self._num_same >= (PROBE_EVERY if self._drafts else self._wait)
+
+    def begin(self, best: Choice, num_notes: int) -> Choice:
+        """Try the best that there is beside what is done lately. num_notes: verifications so far."""
+        self.choice = Choice("ar") if self._drafts else best
+        self._begun_at = num_notes
+        return self.choice
+
+    def goes_on(self, num_notes: int) -> bool:
+        """Whether what is being tried has told nothing yet: drafts do when they are verified, which may take two forwards."""
+        return self.choice is not None and self.choice.kind != "ar" and num_notes == self._begun_at
+
+    def end(self) -> None:
+        """As much of the same as before, or twice as much, and the next one."""
+        if self.choice is not None:
+            self.choice, self._num_same = None, 0
+            if not self._drafts:
+                self._wait = min(2 * self._wait, PROBE_EVERY)
 
     def note(self, drafts: bool) -> None:
-        """What the round does."""
-        if self.is_due:  # that was the trial, whatever came of it
-            self._num_same = 0
-            if not self.drafts:
-                self._wait = min(2 * self._wait, PROBE_EVERY)
-        elif drafts == self.drafts:
-            self._num_same += 1
-        else:
-            self.drafts, self._num_same = drafts, 0
+        """What a round does that is no trial."""
+        self._num_same = self._num_same + 1 if drafts == self._drafts else 0
+        self._drafts = drafts
 
 
 class MeasuredChooser:
@@ -343,6 +357,9 @@ class MeasuredChooser:
             return Choice("ar")
         own = self._each.setdefault(g, Acceptance())
         trials = self._trials.setdefault(g, _Trials())
+        if trials.choice is not None and trials.goes_on(own.num_notes):
+            return trials.choice
+        trials.end()
         is_trial = trials.is_due
         context = len(g.final) // CONTEXT * CONTEXT
         key = (own.num_notes, self.costs.version, num_sharing, context, is_trial)
@@ -351,11 +368,10 @@ class MeasuredChooser:
             enough = NEARLY if is_trial else ENOUGH
             choice = self._best(self.costs, own, self._all, num_sharing, context, enough)
             known = self._last[g] = (key, choice)
-        choice = known[1]
-        if is_trial and trials.drafts:
-            choice = Choice("ar")
-        trials.note(choice.kind != "ar")
-        return choice
+        if is_trial:
+            return trials.begin(known[1], own.num_notes)
+        trials.note(known[1].kind != "ar")
+        return known[1]
 
     def note(self, g: Generation, num_drafted: int, num_accepted: int) -> None:
         self._all.note(num_drafted, num_accepted)

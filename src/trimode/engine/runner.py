@@ -9,11 +9,18 @@ from collections.abc import Sequence
 
 import torch
 
+from trimode.decoding.block_diffusion import BlockDiffusion
 from trimode.decoding.interface import Generation, Predictions, Rows, Step
 from trimode.model.attention import Span
 from trimode.model.forward import Cache, Forward, Inputs
 
 __all__ = ["Runner"]
+
+
+def _only_draws(g: Generation) -> bool:
+    """Whether this generation's tokens come out of whole distributions, and nobody asks how sure a place is."""
+    asks = g.settings.threshold is not None or isinstance(g.decoder, BlockDiffusion)
+    return g.settings.temperature > 0 and not asks
 
 
 class Runner:
@@ -60,7 +67,7 @@ class Runner:
             spans=spans,
             adapted=adapted,
             asked=asked,
-            wants_best=any(g.settings.temperature == 0 for g in generations),
+            wants_best=any(not _only_draws(g) for g in generations),
         )
         begun = time.perf_counter()
         rows = Rows(*self._forward(inputs, self._cache).answers(0, len(asked)))

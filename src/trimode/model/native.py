@@ -131,11 +131,16 @@ class _Room:
     """Where the head's results go: memory that a forward uses again, since to make and free it takes as long as what a token needs of
     Python otherwise."""
 
-    def __init__(self, num_rows: int, vocab_size: int) -> None:
-        self.array = np.empty((num_rows, (vocab_size + 15) // 16 * 16), np.float32)
-        self.sums = np.empty(num_rows, np.float32)
-        self.logits = torch.from_numpy(self.array)[:, :vocab_size]
-        self.logsumexp = torch.from_numpy(self.sums)
+    def __init__(self, array: np.ndarray, sums: np.ndarray, vocab_size: int) -> None:
+        self.array, self.sums = array, sums
+        self.logits = torch.from_numpy(array)[:, :vocab_size]
+        self.logsumexp = torch.from_numpy(sums)
+
+    @classmethod
+    def new(cls, num_rows: int, vocab_size: int) -> "_Room":
+        """Room that nobody else has."""
+        array = np.empty((num_rows, (vocab_size + 15) // 16 * 16), np.float32)
+        return cls(array, np.empty(num_rows, np.float32), vocab_size)
 
 
 _MOST_KEPT = 32
@@ -167,16 +172,17 @@ class NativeCache:
     def room(self, num_rows: int, vocab_size: int) -> _Room:
         """For the logits of the forward at hand: the next one over this cache uses it again."""
         if num_rows > _MOST_KEPT:
-            return _Room(num_rows, vocab_size)
+            return _Room.new(num_rows, vocab_size)
         found = self._rooms.get(num_rows)
         if found is None:
-            found = self._rooms[num_rows] = _Room(num_rows, vocab_size)
+            whole = self._rooms.setdefault(_MOST_KEPT, _Room.new(_MOST_KEPT, vocab_size))
+            found = self._rooms[num_rows] = _Room(whole.array[:num_rows], whole.sums[:num_rows], vocab_size)
         return found
 
     @property
     def num_bytes(self) -> int:
         """Memory held once it has been written to."""
-        return self.handle.num_bytes
+        return self.handle.num_bytes + (self._rooms[_MOST_KEPT].array.nbytes if self._rooms else 0)
 
 
 class NativeForward:
@@ -310,7 +316,7 @@ class NativeForward:
 
     def head(self, hidden: np.ndarray, room: _Room | None = None) -> Answers:
         """Logits of hidden states [n, D], and what is known of them beside. room: where they go; None: to memory of their own."""
-        room = room or _Room(len(hidden), self.config.vocab_size)
+        room = room or _Room.new(len(hidden), self.config.vocab_size)
         with self._lock:
             best = self._model.head(hidden, self._mask, room.array, room.sums)
         if not self._has_successor:

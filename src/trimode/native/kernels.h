@@ -91,7 +91,7 @@ struct AttentionTask {
 
 struct Kernels {
   const char* name;
-  // panels [from, to) of a product; `then`: what is to be fetched meanwhile
+  // panels [from, to) of a product; `then`: what may be fetched meanwhile
   void (*multiply)(const Matrix&, int from, int to, const Rows&, int num_rows, const Output&, const Ahead& then);
   void (*quantize)(const float* x, int padded, int8_t* q, float* scales, float* sums, int32_t* biases);
   void (*quantize_digits)(const float* x, int padded, int8_t* q, float* scale, int32_t* biases);

@@ -47,7 +47,7 @@ void Threads::end() { active_.store(false, std::memory_order_release); }
 void Threads::run_shared(Call call, void* context, int num_chunks) {
   num_left_.store(num_chunks, std::memory_order_relaxed);
   ++job_;
-  for (int i = count_ - 1; i >= 0; --i) {
+  for (int i = 0; i < count_; ++i) {  // its own share first: who has no chunk of his own looks at those before his
     // nobody takes a chunk while this changes: of the old job none is left, and of the new one there is none until its end is told
     Share& share = shares_[i];
     share.call.store(call, std::memory_order_relaxed);
