@@ -130,6 +130,13 @@ def another_version(directory):
     return "trimode-int8-v2'; this trimode reads trimode-int8-v1"
 
 
+def another_version_in_its_config(directory):
+    raw = json.loads((directory / "config.json").read_text())
+    raw["quantization_config"]["quant_method"] = "trimode-int8-v3"
+    (directory / "config.json").write_text(json.dumps(raw))
+    return "config.json is in the format 'trimode-int8-v3'; this trimode reads trimode-int8-v1"
+
+
 def another_size(directory):
     header, numbers = header_of(directory)
     entry = header[DOWN]

@@ -12,7 +12,16 @@ from tests.worlds import random_lora, tiny_model
 from trimode.decoding.auto import Auto
 from trimode.decoding.interface import Choice
 from trimode.engine import cost
-from trimode.engine.cost import REPEATS, Acceptance, CostTable, LatelySeen, MeasuredChooser, cost_table, measure_cost
+from trimode.engine.cost import (
+    REPEATS,
+    Acceptance,
+    CostTable,
+    LatelySeen,
+    MeasuredChooser,
+    cost_table,
+    kept_table,
+    measure_cost,
+)
 
 CHOICES = [Choice("ar"), *(Choice(kind, n) for kind in ("linear", "quadratic") for n in (2, 3, 5, 8))]
 FLAT = CostTable(num_inputs=(1, 64, 128), causal_s=(1.0, 1.05, 1.1), drafting_s=(1.0, 1.05, 1.1))
@@ -259,17 +268,16 @@ def test_behind_a_long_context_a_block_costs_more():
     assert lengths[0] > lengths[-1] == 1
 
 
-def test_a_seeded_sample_does_not_hang_on_who_shares_the_forward():
-    model = tiny_model(3)
-    chooser = MeasuredChooser(BENT, has_adapter=True, first_is_exact=False)
-    g = model.open_answer([5], {"mode": "self_spec", "temperature": 1.0, "seed": 1}).generation
-    before = chooser.choose(g, 1)
-    for _ in range(50):
-        chooser.note(g, 4, 4)
-    assert chooser.choose(g, 30) == before
+def test_a_seeded_sample_hangs_neither_on_who_shares_the_forward_nor_on_a_clock():
+    g = tiny_model(3).open_answer([5], {"mode": "self_spec", "temperature": 1.0, "seed": 1}).generation
+    for table in (FLAT, BENT, STEEP):
+        chooser = MeasuredChooser(table, has_adapter=True, first_is_exact=False)
+        for num_sharing in (1, 30):
+            assert chooser.choose(g, num_sharing) == Choice("ar")
+            chooser.note(g, 4, 4)
 
 
-def test_a_first_token_does_not_wait_for_the_measuring_but_a_seeded_sample_does():
+def test_a_first_token_does_not_wait_for_the_measuring():
     measured = []
 
     def measure():
@@ -278,18 +286,39 @@ def test_a_first_token_does_not_wait_for_the_measuring_but_a_seeded_sample_does(
 
     model = tiny_model(3)
     answer = model.open_answer([5], {"mode": "self_spec", "max_new_tokens": 3})
-    seeded = model.open_answer([5], {"mode": "self_spec", "max_new_tokens": 3, "temperature": 1.0, "seed": 1})
-    for one, measured_at_first in ((answer, False), (seeded, True)):
-        measured.clear()
-        chooser = MeasuredChooser(measure, has_adapter=True, first_is_exact=False)
-        one.generation.decoder = Auto(chooser)
-        ticks = model._run([one], None)
-        next(ticks)
-        assert one.generation.num_new >= 1
-        assert bool(measured) == measured_at_first
-        for _ in ticks:
-            pass
-        assert measured == [True]
+    answer.generation.decoder = Auto(MeasuredChooser(measure, has_adapter=True, first_is_exact=False))
+    ticks = model._run([answer], None)
+    next(ticks)
+    assert answer.generation.num_new >= 1
+    assert measured == []
+    for _ in ticks:
+        pass
+    assert measured == [True]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"drafting_s": [1.0, 2.0]},
+        {"causal_s": [float("nan")] * 8},
+        {"causal_s": [-1.0] * 8},
+        {"num_inputs": [1, 2, 4, 8, 16, 32, 128, 64]},
+        {"num_inputs": [], "causal_s": [], "drafting_s": []},
+        {"position_s": "much"},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_a_kept_table_that_cannot_be_one_is_measured_again(changes, tmp_path):
+    model = tiny_model(3)
+    cost_table(model.forward, folder=tmp_path)
+    (file,) = tmp_path.iterdir()
+    kept = json.loads(file.read_text())
+    kept["table"].update(changes)
+    file.write_text(json.dumps(kept))
+    assert kept_table(model.forward, folder=tmp_path) is None
+    assert cost_table(model.forward, folder=tmp_path).is_sound
+    assert kept_table(model.forward, folder=tmp_path) is not None
 
 
 def test_the_table_is_measured_once_and_kept_for_this_machine_alone(tmp_path):

@@ -16,7 +16,7 @@ from trimode.model.config import ModelConfig, RopeConfig
 __all__ = [
     "FAMILIES",
     "check_config",
-    "is_packed",
+    "packed_format",
     "read_config",
     "read_generation_defaults",
     "with_trimode_facts",
@@ -145,11 +145,11 @@ class _Reader:
         return tuple(item for item in values if item >= 0)
 
 
-def is_packed(raw: Mapping[str, Any]) -> bool:
-    """Whether a config.json belongs to weights of trimode's own int8 format, in any version."""
+def packed_format(raw: Mapping[str, Any]) -> str | None:
+    """The version of trimode's own int8 format that a config.json speaks of; None: of none."""
     quantization = raw.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    return isinstance(method, str) and method.startswith("trimode-int8-")
+    return method if isinstance(method, str) and method.startswith("trimode-int8-") else None
 
 
 def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None, *, where: str) -> ModelConfig:
@@ -167,7 +167,7 @@ def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None = N
         raise UnsupportedModelError(
             f"{where} is of the model_type {name!r}. trimode runs {known}.{nearest(name, FAMILIES)}"
         )
-    if outer.get("quantization_config") and not is_packed(outer):
+    if outer.get("quantization_config") and packed_format(outer) is None:
         raise UnsupportedModelError(
             f"{where} describes quantised weights (quantization_config). Use the unquantised checkpoint or a GGUF file."
         )

@@ -157,16 +157,17 @@ class PackedFile:
             yield fused.name, tensor
 
 
-def open_packed(path: Path, config: ModelConfig) -> PackedFile:
-    """Check a file against the model. Raises CheckpointError in one line."""
+def open_packed(path: Path, config: ModelConfig, version: str) -> PackedFile:
+    """Check a file against the model. version: what config.json says of the format. Raises CheckpointError in one line."""
     if not path.exists():
         raise CheckpointError(f"{path.parent} lacks {path.name}.")
     metadata = read_metadata(path)
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} is in the format {metadata.get('format')!r}; this trimode reads {FORMAT}. "
-            "Make it again from its base: trimode convert BASE --quantize int8."
-        )
+    for where, found in ((path, metadata.get("format")), (path.parent / "config.json", version)):
+        if found != FORMAT:
+            raise CheckpointError(
+                f"{where} is in the format {found!r}; this trimode reads {FORMAT}. "
+                "Make it again from its base: trimode convert BASE --quantize int8."
+            )
     tensors = read_header(path)
     if config.num_layers > len(tensors):  # before a layout of a billion layers is made
         raise CheckpointError(f"{path} has {len(tensors)} tensors, too few for {config.num_layers} layers.")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from trimode.checkpoint.adapter_files import StoredAdapter, open_adapter, save_adapter
 from trimode.checkpoint.config_files import (
     check_config,
-    is_packed,
+    packed_format,
     read_config,
     read_generation_defaults,
     with_trimode_facts,
@@ -155,7 +155,8 @@ def _open_directory(name: str, path: Path) -> Checkpoint:
     generation = read_json(generation_path) if generation_path.exists() else {}
     raw = read_json(path / "config.json")
     config = read_config(raw, generation, where=str(path / "config.json"))
-    packed = open_packed(path / SINGLE, config) if is_packed(raw) else None
+    version = packed_format(raw)
+    packed = None if version is None else open_packed(path / SINGLE, config, version)
     tensors = {} if packed is not None else read_directory(path)
     stored = {} if packed is not None else check_tensors(config, tensors, bare_name, str(path))
     adapter = open_adapter(path / ADAPTER, config) if (path / ADAPTER / "adapter_config.json").exists() else None

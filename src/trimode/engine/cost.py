@@ -11,7 +11,8 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from math import log2
+from itertools import pairwise
+from math import inf, log2
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -58,6 +59,14 @@ class CostTable:
     """One known token and masks on which the adapter acts."""
     position_s: float = 0.0
     """What each input takes more for each cached position beyond `CONTEXT`."""
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether these are times of widths: somebody may have written to the file where they are kept."""
+        widths, each = self.num_inputs, (*self.causal_s, *self.drafting_s)
+        rising = widths and widths[0] > 0 and all(a < b for a, b in pairwise(widths))
+        complete = len(widths) == len(self.causal_s) == len(self.drafting_s)
+        return bool(rising) and complete and all(0 < s < inf for s in each) and 0 <= self.position_s < inf
 
     def seconds(self, drafting: bool, num_inputs: float, context: float = CONTEXT) -> float:
         """Of a forward over so many inputs, each behind so many cached positions. drafting: over masks."""
@@ -176,7 +185,8 @@ def kept_table(forward: Forward, *, folder: Path | None = None) -> CostTable | N
         kept = json.loads(_path(identity, folder).read_text(encoding="utf-8"))
         if kept["identity"] == identity:
             table: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in kept["table"].items()}
-            return CostTable(**table)
+            found = CostTable(**table)
+            return found if found.is_sound else None
     except (OSError, ValueError, KeyError, TypeError):
         pass  # none yet, another machine's, or cut off: to be measured anew
     return None
@@ -351,8 +361,8 @@ class MeasuredChooser:
 
     def choose(self, g: Generation, num_sharing: int) -> Choice:
         if g.settings.temperature > 0 and g.settings.seed is not None:
-            # what others do, and what was learnt before, must not reach into a seeded answer
-            return self._best(LatelySeen(self.costs.table), Acceptance(), None, 1, CONTEXT)
+            # its tokens hang on what is chosen, and neither others nor a clock must reach into a seeded answer
+            return Choice("ar")
         if self._costs is None and g.num_new == 0:
             return Choice("ar")
         own = self._each.setdefault(g, Acceptance())
