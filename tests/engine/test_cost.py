@@ -74,7 +74,7 @@ def test_whatever_is_chosen_a_greedy_answer_is_that_of_ar(model, seed, prompts):
 
 def chosen(table, rate, num_sharing=1, first_is_exact=False):
     chooser = MeasuredChooser(table, has_adapter=True, first_is_exact=first_is_exact)
-    return chooser._best(chooser.costs, Acceptance(rate), None, num_sharing, 0)
+    return chooser._best(Acceptance(rate), None, num_sharing, 0)
 
 
 def test_where_width_costs_nothing_good_drafts_are_verified_and_drafted_in_one_forward():
@@ -111,8 +111,8 @@ def test_the_choice_promises_at_least_what_ar_does(rate, seconds, num_sharing, e
     rising = tuple(sorted(seconds))
     table = CostTable(num_inputs=(1, 8, 64), causal_s=rising, drafting_s=rising)
     chooser = MeasuredChooser(table, has_adapter=True, first_is_exact=exact)
-    speeds = chooser.speeds(chooser.costs, Acceptance(rate), None, num_sharing)
-    assert speeds[chooser._best(chooser.costs, Acceptance(rate), None, num_sharing, 0)] >= speeds[Choice("ar")]
+    speeds = chooser.speeds(Acceptance(rate), None, num_sharing)
+    assert speeds[chooser._best(Acceptance(rate), None, num_sharing, 0)] >= speeds[Choice("ar")]
 
 
 def settled(table, rate, seen):
@@ -122,7 +122,7 @@ def settled(table, rate, seen):
     for (drafting, num_inputs), seconds in seen.items():
         for _ in range(200):
             chooser.note_cost(drafting, num_inputs, 0, seconds)
-    return chooser._best(chooser.costs, Acceptance(rate), None, 1, 0)
+    return chooser._best(Acceptance(rate), None, 1, 0)
 
 
 def test_where_forwards_take_longer_than_the_table_says_the_choice_follows_them():
@@ -233,7 +233,7 @@ def test_a_trial_lasts_until_a_draft_is_verified(kind, monkeypatch):
     chooser = MeasuredChooser(FLAT, has_adapter=True, first_is_exact=False)
     # drafting promises less than ar, and enough to be tried
     monkeypatch.setattr(
-        chooser, "_best", lambda *a: Choice(kind, 3) if len(a) == 6 and a[-1] == cost.NEARLY else Choice("ar")
+        chooser, "_best", lambda *a: Choice(kind, 3) if len(a) == 5 and a[-1] == cost.NEARLY else Choice("ar")
     )
     verified = []
     monkeypatch.setattr(
@@ -261,9 +261,7 @@ def test_who_drafts_sees_what_ar_costs_once_in_a_while():
 def test_behind_a_long_context_a_block_costs_more():
     table = CostTable(num_inputs=(1, 8, 128), causal_s=(1.0, 1.1, 16.0), drafting_s=(1.0, 1.1, 16.0), position_s=0.001)
     chooser = MeasuredChooser(table, has_adapter=True, first_is_exact=False)
-    lengths = [
-        chooser._best(chooser.costs, Acceptance(0.9), None, 1, context).block_length for context in (0, 1000, 100_000)
-    ]
+    lengths = [chooser._best(Acceptance(0.9), None, 1, context).block_length for context in (0, 1000, 100_000)]
     assert lengths == sorted(lengths, reverse=True)
     assert lengths[0] > lengths[-1] == 1
 

@@ -2,8 +2,11 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
+
+from trimode.server.wire import _cost
 
 HELLO = [{"role": "user", "content": "Hello, who are you?"}]
 MODES = ["ar", "self_spec", "diffusion"]
@@ -284,3 +287,15 @@ def test_many_clients_of_all_modes_at_once_get_their_own_answers(client, model):
         texts = list(pool.map(ask, asked))
     for one, text in zip(asked, texts, strict=True):
         assert text == model.generate(one["messages"], mode=one["mode"], max_new_tokens=one["max_tokens"]).text
+
+
+def test_rounds_of_several_lengths_have_no_one_block_length(model):
+    answer = model.open_answer(HELLO, {"mode": "self_spec", "max_new_tokens": 4})
+    for _ in model._run([answer], None):
+        pass
+    g = answer.generation
+    call = SimpleNamespace(entries=[SimpleNamespace(generation=g)])
+    assert _cost([answer.stats()], call)["block_length"] == g.traits.block_length
+    g.choices = {"ar": 2, "linear 3": 1}
+    cost = _cost([answer.stats()], call)
+    assert (cost["block_length"], cost["choices"]) == (None, {"ar": 2, "linear 3": 1})

@@ -66,7 +66,6 @@ class Auto:
     def absorb(
         self, generations: Sequence[Generation], steps: Sequence[Step], predictions: Sequence[Predictions]
     ) -> list[Outcome]:
-        num_cached = sum(len(step.tokens) * g.cached for g, step in zip(generations, steps, strict=True))
         start = time.perf_counter()
         outcomes = [self._absorb_one(*each) for each in zip(generations, steps, predictions, strict=True)]
         num_inputs = sum(len(step.tokens) for step in steps)
@@ -74,6 +73,7 @@ class Auto:
         if outcomes and num_inputs == predictions[0].num_inputs and all(step.kind != "prefill" for step in steps):
             seconds = predictions[0].seconds + time.perf_counter() - start
             drafting = any(step.adapted for step in steps)
+            num_cached = sum(len(step.tokens) * g.cached for g, step in zip(generations, steps, strict=True))
             self._chooser.note_cost(drafting, num_inputs, num_cached / num_inputs, seconds)
         return outcomes
 

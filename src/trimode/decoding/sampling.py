@@ -281,9 +281,8 @@ def _verify_at_once(drafts: Sequence[int], q: Tensor | None, rows: Rows, generat
     next one to draw another token."""
     n, device = len(drafts), rows.logits.device
     before = generation.random.get_state()
-    u = uniform(generation, n + 1).to(
-        device, non_blocking=True
-    )  # else the copy itself would wait for all that was begun
+    # a copy that may block would itself wait for all that was begun
+    u = uniform(generation, n + 1).to(device, non_blocking=True)
     p = truncated_distribution(adjusted(rows.logits, generation), generation.settings)
     places = torch.tensor(drafts, dtype=torch.long).to(device, non_blocking=True)[:, None]
     p_draft = p[:n].gather(-1, places)[:, 0]

@@ -210,6 +210,19 @@ def _identity(forward: Forward) -> dict[str, object]:
     }
 
 
+@dataclass(slots=True)
+class _Width:
+    """What is known of forwards of one width."""
+
+    off: float
+    """What they take, as a multiple of the table's."""
+    seen_at: int
+    """By the number of forwards."""
+    count: int = 0
+    told: float = 1.0
+    """`off` when last a change was told."""
+
+
 class LatelySeen:
     """A table, corrected by what forwards have taken lately: machines change their speed, and are busy while a table is measured.
     Forwards of a width that was not seen yet are taken to be off as those of the nearest one are."""
@@ -223,11 +236,8 @@ class LatelySeen:
 
     def __init__(self, table: CostTable) -> None:
         self.table = table
-        self._off: dict[tuple[bool, int], float] = {}
-        self._counts: dict[tuple[bool, int], int] = {}
-        self._seen_at: dict[tuple[bool, int], int] = {}
+        self._widths: dict[tuple[bool, int], _Width] = {}
         self._num_notes = 0
-        self._told: dict[tuple[bool, int], float] = {}
         self.version = 0
         """Changes when costs have moved by more than a little."""
 
@@ -242,25 +252,25 @@ class LatelySeen:
         key = (drafting, _place(num_inputs))
         known = self._factor(drafting, num_inputs)
         self._num_notes += 1
-        count = self._counts[key] = self._counts.get(key, 0) + 1
-        age = self._num_notes - self._seen_at.get(key, self._num_notes)
-        self._seen_at[key] = self._num_notes
-        weight = max(self._LEAST_WEIGHT, 1.0 / (count + 1), min(0.5, age / self._WHILE))
+        width = self._widths.setdefault(key, _Width(off=known, seen_at=self._num_notes))
+        width.count += 1
+        age = self._num_notes - width.seen_at
+        width.seen_at = self._num_notes
+        weight = max(self._LEAST_WEIGHT, 1.0 / (width.count + 1), min(0.5, age / self._WHILE))
         news = seconds / self.table.seconds(drafting, num_inputs, context) / known
-        self._off[key] = now = known * min(max(news, 1.0 / self._MOST), self._MOST) ** weight
-        if abs(log2(now / self._told.get(key, 1.0))) > 0.07:  # about 5 %
-            self._told[key] = now
+        width.off = known * min(max(news, 1.0 / self._MOST), self._MOST) ** weight
+        if abs(log2(width.off / width.told)) > 0.07:  # about 5 %
+            width.told = width.off
             self.version += 1
 
     def _factor(self, drafting: bool, num_inputs: float) -> float:
-        if not self._off:
-            return 1.0
         place = _place(num_inputs)
-        exact = self._off.get((drafting, place))
+        exact = self._widths.get((drafting, place))
         if exact is not None:
-            return exact
-        # another thread may be noting a new width
-        return self._off[min(list(self._off), key=lambda other: (other[0] != drafting, abs(other[1] - place)))]
+            return exact.off
+        others = list(self._widths.items())  # another thread may be noting a new one
+        nearest = min(others, key=lambda o: (o[0][0] != drafting, abs(o[0][1] - place)), default=None)
+        return 1.0 if nearest is None else nearest[1].off
 
 
 def _place(num_inputs: float) -> int:
@@ -319,9 +329,10 @@ class _Trials:
         self._begun_at = num_notes
         return self.choice
 
-    def goes_on(self, num_notes: int) -> bool:
-        """Whether what is being tried has told nothing yet: drafts do when they are verified, which may take two forwards."""
-        return self.choice is not None and self.choice.kind != "ar" and num_notes == self._begun_at
+    def going_on(self, num_notes: int) -> Choice | None:
+        """What is being tried and has told nothing yet: drafts do when they are verified, which may take two forwards."""
+        tells_nothing = self.choice is not None and self.choice.kind != "ar" and num_notes == self._begun_at
+        return self.choice if tells_nothing else None
 
     def end(self) -> None:
         """As much of the same as before, or twice as much, and the next one."""
@@ -367,8 +378,9 @@ class MeasuredChooser:
             return Choice("ar")
         own = self._each.setdefault(g, Acceptance())
         trials = self._trials.setdefault(g, _Trials())
-        if trials.choice is not None and trials.goes_on(own.num_notes):
-            return trials.choice
+        trial = trials.going_on(own.num_notes)
+        if trial is not None:
+            return trial
         trials.end()
         is_trial = trials.is_due
         context = len(g.final) // CONTEXT * CONTEXT
@@ -376,8 +388,7 @@ class MeasuredChooser:
         known = self._last.get(g)
         if known is None or known[0] != key:
             enough = NEARLY if is_trial else ENOUGH
-            choice = self._best(self.costs, own, self._all, num_sharing, context, enough)
-            known = self._last[g] = (key, choice)
+            known = self._last[g] = (key, self._best(own, self._all, num_sharing, context, enough))
         if is_trial:
             return trials.begin(known[1], own.num_notes)
         trials.note(known[1].kind != "ar")
@@ -392,10 +403,10 @@ class MeasuredChooser:
             self._costs.note(drafting and self._has_adapter, num_inputs, context, seconds)
 
     def speeds(
-        self, costs: LatelySeen, own: Acceptance, shared: Acceptance | None, num_sharing: int, context: int = CONTEXT
+        self, own: Acceptance, shared: Acceptance | None, num_sharing: int, context: int = CONTEXT
     ) -> dict[Choice, float]:
         """Expected tokens a second of one generation, by choice."""
-        n = num_sharing
+        n, costs = num_sharing, self.costs
 
         def draft(num_inputs: int) -> float:
             return costs.seconds(self._has_adapter, num_inputs, context)
@@ -420,14 +431,13 @@ class MeasuredChooser:
 
     def _best(
         self,
-        costs: LatelySeen,
         own: Acceptance,
         shared: Acceptance | None,
         num_sharing: int,
         context: int,
         enough: float = ENOUGH,
     ) -> Choice:
-        speeds = self.speeds(costs, own, shared, num_sharing, context)
+        speeds = self.speeds(own, shared, num_sharing, context)
         ar = speeds.pop(Choice("ar"))
         best = max(speeds, key=lambda choice: speeds[choice], default=Choice("ar"))
         return best if best.kind != "ar" and speeds[best] > enough * ar else Choice("ar")

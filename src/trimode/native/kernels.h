@@ -15,6 +15,12 @@ constexpr int kWideGroup = 3 * kDepth;  // inputs that share a scale in s8
 
 enum class Format : int { f32 = 0, bf16 = 1, u8 = 2, u4 = 3, s8 = 4 };
 
+// Memory that will be wanted next.
+struct Ahead {
+  const uint8_t* at = nullptr;
+  size_t bytes = 0;
+};
+
 // y = W x, W cut into panels of 16 outputs. A panel is
 //   f32:  [inputs][16] floats
 //   bf16: [inputs / 2][16][2]
@@ -33,6 +39,7 @@ struct Matrix {
   int group() const { return format == Format::s8 ? kWideGroup : kGroup; }
   int padding() const { return format == Format::s8 ? kDepth : kGroup; }  // what inputs are padded to a multiple of
   int num_groups() const { return (padded_inputs + group() - 1) / group(); }
+  Ahead panels(int from, int to) const { return from < to ? Ahead{data + (size_t)from * panel_bytes, (to - from) * panel_bytes} : Ahead{}; }
 };
 
 // How a product rounds its activations. groups: to int8 with a scale for each 32, for u8 and u4. digits: to 14 bits with one scale a row,
@@ -63,12 +70,6 @@ struct Output {
   const int* rows = nullptr;  // where row r of the inputs goes; null: to row r
   bool add = false;
   float scale = 1.0f;  // of what is added
-};
-
-// Memory that will be wanted next.
-struct Ahead {
-  const uint8_t* at = nullptr;
-  size_t bytes = 0;
 };
 
 // T: float, or uint16_t for halves

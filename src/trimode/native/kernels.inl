@@ -310,10 +310,7 @@ void multiply(const Matrix& m, int from, int to, const Rows& x, int num_rows, co
 #ifdef TRIMODE_TILES
   if (m.format == Format::s8 && x.rounding == Rounding::digits) return multiply_tiles(m, from, to, x, num_rows, out);
 #endif
-  const auto next = [&](int panel) {
-    const int num = lesser(kPanels, to - panel);
-    return num > 0 ? Ahead{m.data + (size_t)panel * m.panel_bytes, num * m.panel_bytes} : then;
-  };
+  const auto next = [&](int panel) { return panel < to ? m.panels(panel, lesser(to, panel + kPanels)) : then; };
   int panel = from;
   for (; panel + kPanels <= to; panel += kPanels) panels_of<kPanels>(m, panel, x, num_rows, out, next(panel + kPanels));
   for (; panel < to; ++panel) panels_of<1>(m, panel, x, num_rows, out, next(panel + 1));

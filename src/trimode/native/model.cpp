@@ -160,10 +160,7 @@ void fetch(const Rows& x, int num_rows) {
   lines(x.biases, x.group_stride);
 }
 
-Ahead ahead(const Matrix& m, int panel) {
-  const int num = std::min(kAheadPanels, m.num_panels - panel);
-  return num > 0 ? Ahead{m.data + (size_t)panel * m.panel_bytes, num * m.panel_bytes} : Ahead{};
-}
+Ahead ahead(const Matrix& m, int panel) { return m.panels(panel, std::min(m.num_panels, panel + kAheadPanels)); }
 
 Output to_row(Output out, int row) {
   if (out.rows)
@@ -175,7 +172,7 @@ Output to_row(Output out, int row) {
 
 }  // namespace
 
-void Model::multiply(const std::vector<Product>& products) {
+void Model::multiply(const std::vector<Product>& products, const Matrix& following) {
   // panels of all of them in one hand-over; small pieces, so that a thread that comes late leaves the others little to wait for
   int total = 0, most_rows = 0;
   for (const Product& p : products) {
@@ -197,14 +194,14 @@ void Model::multiply(const std::vector<Product>& products) {
       if (i == threads_.first_of(num_pieces, thread)) fetch(x, rows);
       // behind a thread's last piece: what falls to it of the product after this one
       const bool is_last = i + 1 == num_pieces || i + 1 == threads_.first_of(num_pieces, thread + 1);
-      const Ahead then = is_last ? ahead(*following_, threads_.first_of(following_->num_panels, thread))
+      const Ahead then = is_last ? ahead(following, threads_.first_of(following.num_panels, thread))
                                  : ahead(pieces_[i + 1].product->weights->matrix, pieces_[i + 1].from);
       kernels->multiply(p->weights->matrix, from, to, x, rows, to_row(p->out, row), then);
     });
 }
 
 void Model::apply(Layer& layer, Place place, Floats2d& x, int num_rows, int num_inputs, Floats2d& y, bool add,
-                  const std::vector<int>& adapted, const Fill& fill) {
+                  const std::vector<int>& adapted, const Matrix& following, const Fill& fill) {
   const Weights& w = layer.maps[place];
   const AdapterGroup& group = layer.adapters[place];
   const bool adapts = !adapted.empty() && group.a.is_set();
@@ -215,11 +212,11 @@ void Model::apply(Layer& layer, Place place, Floats2d& x, int num_rows, int num_
   const Product base{&w, rows, num_rows, {y.values, y.stride, nullptr, add, 1.0f}};
   if (together) {
     low_.reserve(num_rows, rank);
-    multiply({base, {&group.a, rows, num_rows, {low_.values, low_.stride, nullptr, false, 1.0f}}});
+    multiply({base, {&group.a, rows, num_rows, {low_.values, low_.stride, nullptr, false, 1.0f}}}, following);
     if (n < num_rows)
       for (int i = 0; i < n; ++i) std::memmove(low_.row(i), low_.row(adapted[i]), low_.stride * 4);  // adapted[i] >= i
   } else {
-    multiply({base});
+    multiply({base}, following);
   }
   const std::vector<float>& bias = layer.biases[place];
   if (!bias.empty())
@@ -230,7 +227,7 @@ void Model::apply(Layer& layer, Place place, Floats2d& x, int num_rows, int num_
     for (int i = 0; i < n; ++i) std::memcpy(picked_.row(i), x.row(adapted[i]), picked_.stride * 4);
     low_.reserve(n, rank);
     multiply({{&group.a, prepare(picked_, n, num_inputs, rounding(group.a), prepared_picked_, {}), n,
-               {low_.values, low_.stride, nullptr, false, 1.0f}}});
+               {low_.values, low_.stride, nullptr, false, 1.0f}}}, following);
   }
   const Rows low = prepare(low_, n, rank, rounding(group.parts[0].b), prepared_low_, {});
   std::vector<Product> parts;
@@ -239,11 +236,11 @@ void Model::apply(Layer& layer, Place place, Floats2d& x, int num_rows, int num_
                      {y.values + part.output, y.stride, adapted.data(), true, adapter_scale}});
     // panels that reach into the next part's outputs add zeros there: not while others add to them
     if (part.b.matrix.num_outputs % kLanes != 0) {
-      multiply(parts);
+      multiply(parts, following);
       parts.clear();
     }
   }
-  if (!parts.empty()) multiply(parts);
+  if (!parts.empty()) multiply(parts, following);
 }
 
 // ---- one forward -----------------------------------------------------------------------------------------------------------
@@ -366,19 +363,15 @@ void Model::run(const int* tokens, const int* positions, int n, const std::vecto
     const bool is_last = index + 1 == config.num_layers;
     const Matrix* const then[kPlaces] = {&layer.maps[kOutput].matrix, &layer.maps[kGateUp].matrix, &layer.maps[kDown].matrix,
                                          is_last ? &head_weights().matrix : &layers[index + 1].maps[kQkv].matrix};
-    following_ = then[kQkv];
-    apply(layer, kQkv, normed_, n, D, qkv_, false, adapted, normalized(layer.attention_norm));
+    apply(layer, kQkv, normed_, n, D, qkv_, false, adapted, *then[kQkv], normalized(layer.attention_norm));
     rotate_and_store(layer, index, positions, n, cache);
     if (cache.is_half())
       attend<uint16_t>(index, cache, spans);
     else
       attend<float>(index, cache, spans);
-    following_ = then[kOutput];
-    apply(layer, kOutput, attended_, n, q, x_, true, adapted, {});
-    following_ = then[kGateUp];
-    apply(layer, kGateUp, normed_, n, D, gate_up_, false, adapted, normalized(layer.mlp_norm));
-    following_ = then[kDown];
-    apply(layer, kDown, gated_, n, I, x_, true, adapted, gated);
+    apply(layer, kOutput, attended_, n, q, x_, true, adapted, *then[kOutput], {});
+    apply(layer, kGateUp, normed_, n, D, gate_up_, false, adapted, *then[kGateUp], normalized(layer.mlp_norm));
+    apply(layer, kDown, gated_, n, I, x_, true, adapted, *then[kDown], gated);
   }
   final_.reserve(1, D);
   for (size_t i = 0; i < asked.size(); ++i) {

@@ -177,9 +177,10 @@ class Model {
     std::function<void(int)> work;
   };
   Rows prepare(Floats2d& x, int num_rows, int num_inputs, Rounding rounding, Prepared& room, const Fill& fill);
-  void multiply(const std::vector<Product>& products);
+  // following: the product after these, whose weights are fetched meanwhile
+  void multiply(const std::vector<Product>& products, const Matrix& following);
   void apply(Layer& layer, Place place, Floats2d& x, int num_rows, int num_inputs, Floats2d& y, bool add,
-             const std::vector<int>& adapted, const Fill& fill);
+             const std::vector<int>& adapted, const Matrix& following, const Fill& fill);
   void each_row(int num_rows, int per_row_cost, const std::function<void(int)>& work);
   void rotate_and_store(Layer& layer, int index, const int* positions, int num_inputs, Cache& cache);
   template <typename T>
@@ -194,7 +195,6 @@ class Model {
   int num_rotations_ = 0;
   std::vector<std::vector<float>> scratch_;
   std::vector<Piece> pieces_;
-  const Matrix* following_ = nullptr;  // the product after the one at hand, whose weights are fetched meanwhile
   std::vector<float> ones_;
   std::vector<int> slots_;  // cache position of each input
 };

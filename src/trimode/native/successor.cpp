@@ -43,7 +43,7 @@ float dot(const float* a, const float* b, int size) {
 void Model::score_again(const float* hidden, int before, const int* tokens, int count, float* scores) {
   const Successor& s = successor;
   const int D = config.width, R = s.from_hidden.matrix.num_outputs;
-  const Weights& head = output_head.is_set() ? output_head : embedding;
+  const Weights& head = head_weights();
   ones_.resize(round_up(D, kLanes), 1.0f);
   both_.reserve(2, D);
   inner_.reserve(2, R);
