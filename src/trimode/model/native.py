@@ -281,8 +281,8 @@ class NativeForward:
                     columns.append(columns[-1] + -(-A.shape[0] // DEPTH) * DEPTH)
                 stacked = torch.zeros(columns[-1], found[0][1].shape[1])
                 offsets = {part: sum(widths[p] for p in parts[:i]) for i, part in enumerate(parts)}
-                # rounded as the base's inputs are, so that one product takes both
-                kind = "s8" if self._kinds.get((layer, index)) == "s8" else "u8"
+                # its inputs are rounded as the base's are; 4 bits of its own numbers cost no draft that could be counted
+                kind = "s8" if self._kinds.get((layer, index)) == "s8" else "u4"
                 packed = []
                 for column, (part, A, B) in zip(columns, found, strict=False):
                     stacked[column : column + A.shape[0]] = A.float()

@@ -51,6 +51,14 @@ inline Rounding rounding_of(Format f) {
   return f == Format::s8 ? Rounding::digits : Rounding::groups;
 }
 
+// What goes with 32 numbers of a row that were rounded together. In one place: what a thread writes lies in few cache lines.
+struct RowGroup {
+  float scale;
+  float sum;      // scale * sum of the group
+  int32_t bias;   // -128 * sum of the group
+  int32_t unused;
+};
+
 // Rows of activations: floats, and the same rounded.
 struct Rows {
   const float* values = nullptr;  // [rows][stride]
@@ -58,16 +66,15 @@ struct Rows {
   Rounding rounding = Rounding::none;
   const int8_t* quantized = nullptr;  // [rows][padded_inputs]; digits: [rows][high, low][padded_inputs]
   size_t quantized_stride = 0;
-  const float* scales = nullptr;  // [rows][groups]; digits: [rows]
-  const float* sums = nullptr;    // [rows][groups] scale * sum of the group
-  const int32_t* biases = nullptr;  // [rows][groups] -128 * sum of the group; digits: [rows][high, low][each 64]
-  size_t scale_stride = 0, group_stride = 0;  // from row to row of the scales; of sums and biases
+  const RowGroup* groups = nullptr;  // [rows][groups]
+  const float* scales = nullptr;     // digits: [rows]
+  const int32_t* biases = nullptr;   // digits: [rows][high, low][each 64]
+  size_t group_stride = 0;           // from row to row of groups, or of biases
 };
 
 struct Output {
   float* values = nullptr;  // [rows][stride]
   size_t stride = 0;
-  const int* rows = nullptr;  // where row r of the inputs goes; null: to row r
   bool add = false;
   float scale = 1.0f;  // of what is added
 };
@@ -94,7 +101,7 @@ struct Kernels {
   const char* name;
   // panels [from, to) of a product; `then`: what may be fetched meanwhile
   void (*multiply)(const Matrix&, int from, int to, const Rows&, int num_rows, const Output&, const Ahead& then);
-  void (*quantize)(const float* x, int padded, int8_t* q, float* scales, float* sums, int32_t* biases);
+  void (*quantize)(const float* x, int padded, int8_t* q, RowGroup* groups);
   void (*quantize_digits)(const float* x, int padded, int8_t* q, float* scale, int32_t* biases);
   // out = x / rms(x) * weight; all of `size` floats
   void (*rms_norm)(const float* x, const float* weight, int size, float eps, float* out);

@@ -35,7 +35,7 @@ inline Floats exponential(Floats x) {
 // ---- products --------------------------------------------------------------------------------------------------------------
 
 inline void put(const Output& out, int row, int panel, Floats value) {
-  float* p = out.values + (size_t)(out.rows ? out.rows[row] : row) * out.stride + (size_t)panel * kLanes;
+  float* p = out.values + (size_t)row * out.stride + (size_t)panel * kLanes;
   store(p, out.add ? fma(value, all(out.scale), load(p)) : value);
 }
 
@@ -121,19 +121,16 @@ void block_int(const Matrix& m, int panel, const Rows& x, int row, const Output&
     d[p] = (const uint16_t*)(w[p] + (size_t)groups * kGroupBytes);
   }
   const int8_t* q[R];
-  const float *scales[R], *sums[R];
-  const int32_t* biases[R];
+  const RowGroup* of_row[R];
   for (int r = 0; r < R; ++r) {
     q[r] = x.quantized + (size_t)(row + r) * x.quantized_stride;
-    scales[r] = x.scales + (size_t)(row + r) * x.group_stride;
-    sums[r] = x.sums + (size_t)(row + r) * x.group_stride;
-    biases[r] = x.biases + (size_t)(row + r) * x.group_stride;
+    of_row[r] = x.groups + (size_t)(row + r) * x.group_stride;
   }
   for (int g = 0; g < groups; ++g) {
     fetching.step();
     Ints whole[P][R];
     for (int p = 0; p < P; ++p)
-      for (int r = 0; r < R; ++r) whole[p][r] = all_ints(!kNibbles && kBiasInSum ? biases[r][g] : 0);
+      for (int r = 0; r < R; ++r) whole[p][r] = all_ints(!kNibbles && kBiasInSum ? of_row[r][g].bias : 0);
     for (int s = 0; s < kSteps; s += kNibbles ? 2 : 1) {
       Bytes first[P], second[P];
       for (int p = 0; p < P; ++p) {
@@ -153,10 +150,10 @@ void block_int(const Matrix& m, int panel, const Rows& x, int row, const Output&
     }
     for (int p = 0; p < P; ++p) {
       const Floats scale = load_halves(d[p] + (size_t)g * kLanes);
-      for (int r = 0; r < R; ++r) acc[p][r] = fma(mul(to_floats(whole[p][r]), all(scales[r][g])), scale, acc[p][r]);
+      for (int r = 0; r < R; ++r) acc[p][r] = fma(mul(to_floats(whole[p][r]), all(of_row[r][g].scale)), scale, acc[p][r]);
       if (kNibbles) {
         const Floats least = load_halves(d[p] + (size_t)(groups + g) * kLanes);
-        for (int r = 0; r < R; ++r) acc[p][r] = fma(least, all(sums[r][g]), acc[p][r]);
+        for (int r = 0; r < R; ++r) acc[p][r] = fma(least, all(of_row[r][g].sum), acc[p][r]);
       }
     }
   }
@@ -318,7 +315,7 @@ void multiply(const Matrix& m, int from, int to, const Rows& x, int num_rows, co
 
 // ---- rows ------------------------------------------------------------------------------------------------------------------
 
-void quantize(const float* x, int padded, int8_t* q, float* scales, float* sums, int32_t* biases) {
+void quantize(const float* x, int padded, int8_t* q, RowGroup* groups) {
   for (int g = 0; g < padded / kGroup; ++g) {
     const Floats a = load(x + g * kGroup), b = load(x + g * kGroup + kLanes);
     const float most = greatest(max(absolute(a), absolute(b)));
@@ -327,9 +324,8 @@ void quantize(const float* x, int padded, int8_t* q, float* scales, float* sums,
     store_bytes(q + g * kGroup, qa);
     store_bytes(q + g * kGroup + kLanes, qb);
     const int32_t total = sum(add(qa, qb));
-    scales[g] = most / 127.0f;
-    sums[g] = scales[g] * (float)total;
-    biases[g] = -128 * total;
+    const float scale = most / 127.0f;
+    groups[g] = {scale, scale * (float)total, -128 * total, 0};
   }
 }
 

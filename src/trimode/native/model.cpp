@@ -58,7 +58,32 @@ void Model::Floats2d::reserve(int rows, int columns) {
 }
 
 Model::Model(Config c, int num_threads, const Kernels* k)
-    : config(std::move(c)), kernels(k), layers(config.num_layers), threads_(num_threads), scratch_(threads_.count()) {}
+    : config(std::move(c)), kernels(k), layers(config.num_layers), threads_(num_threads), scratch_(threads_.count()) {
+  const int H = config.num_heads, G = config.num_kv_heads, K = config.head_size, I = config.mlp_width;
+  if (K % kLanes == 0) {  // heads that attend together lie together: most often the thread that makes them is the one that reads them
+    const int size = K / kLanes;
+    for (int g = 0; g < G; ++g) {
+      for (int h = g * (H / G); h < (g + 1) * (H / G); ++h) jobs_[kQkv].push_back({{h * size, (h + 1) * size}});
+      for (int h : {H + g, H + G + g}) jobs_[kQkv].push_back({{h * size, (h + 1) * size}});
+    }
+    turns_in_job_ = true;
+  } else {
+    jobs_[kQkv] = split((H + 2 * G) * K);
+  }
+  gates_in_job_ = I % kGroup == 0;
+  jobs_[kGateUp] = split(gates_in_job_ ? I : 2 * I);
+  if (gates_in_job_)
+    for (Job& job : jobs_[kGateUp]) job.also = {job.own.from + I / kLanes, job.own.to + I / kLanes};
+  jobs_[kOutput] = jobs_[kDown] = split(config.width);
+}
+
+// Small jobs, so that a thread that comes late leaves the others little to wait for; of whole groups.
+std::vector<Model::Job> Model::split(int num_outputs) const {
+  const int total = round_up(num_outputs, kLanes) / kLanes, size = std::max(2, round_up(total / (threads_.count() * 6), 2));
+  std::vector<Job> jobs;
+  for (int from = 0; from < total; from += size) jobs.push_back({{from, std::min(total, from + size)}});
+  return jobs;
+}
 
 void Model::reserve(int n) {
   const Config& c = config;
@@ -84,40 +109,53 @@ void Model::each_row(int num_rows, int num_floats, const std::function<void(int)
   });
 }
 
-Rows Model::prepare(Floats2d& x, int num_rows, int num_inputs, Rounding rounding, Prepared& room, const Fill& fill) {
+Rows Model::rows_of(const Floats2d& x, int num_rows, int num_inputs, Rounding rounding, Prepared& room) {
   Rows rows;
   rows.values = x.values;
   rows.stride = x.stride;
   rows.rounding = rounding;
+  if (rounding == Rounding::none) return rows;
+  const bool digits = rounding == Rounding::digits;
+  const int group = digits ? kDepth : kGroup, padded = round_up(num_inputs, group), groups = padded / group;
+  const auto grow = [](auto& values, size_t size) { values.resize(std::max(values.size(), size)); };
+  rows.quantized_stride = (size_t)padded * (digits ? 2 : 1);
+  rows.group_stride = (size_t)groups * (digits ? 2 : 1);
+  // tiles read 8 rows at a time
+  grow(room.quantized, (size_t)round_up(num_rows, 8) * rows.quantized_stride + 64);
+  if (digits) {
+    grow(room.scales, num_rows);
+    grow(room.biases, (size_t)num_rows * rows.group_stride);
+  } else {
+    grow(room.groups, (size_t)num_rows * groups);
+  }
+  rows.quantized = room.quantized.data();
+  rows.groups = room.groups.data();
+  rows.scales = room.scales.data();
+  rows.biases = room.biases.data();
+  return rows;
+}
+
+void Model::round_groups(const Rows& rows, Prepared& room, int row, int from, int to) {
+  kernels->quantize(rows.values + (size_t)row * rows.stride + from, to - from, &room.quantized[(size_t)row * rows.quantized_stride + from],
+                    &room.groups[(size_t)row * rows.group_stride + from / kGroup]);
+}
+
+Rows Model::prepare(const Floats2d& x, int num_rows, int num_inputs, Rounding rounding, Prepared& room, const Fill& fill) {
+  const Rows rows = rows_of(x, num_rows, num_inputs, rounding, room);
   if (rounding == Rounding::none) {
     if (fill.work) each_row(num_rows, fill.cost, fill.work);
     return rows;
   }
   const bool digits = rounding == Rounding::digits;
-  const int group = digits ? kDepth : kGroup, padded = round_up(num_inputs, group), groups = padded / group;
-  rows.quantized_stride = (size_t)padded * (digits ? 2 : 1);
-  rows.group_stride = (size_t)groups * (digits ? 2 : 1);
-  rows.scale_stride = digits ? 1 : (size_t)groups;
-  // tiles read 8 rows at a time
-  room.memory.resize(std::max(room.memory.size(), (size_t)round_up(num_rows, 8) * rows.quantized_stride + 64));
-  room.scales.resize(std::max(room.scales.size(), (size_t)num_rows * groups));
-  room.sums.resize(room.scales.size());
-  room.biases.resize(std::max(room.biases.size(), (size_t)num_rows * rows.group_stride));
-  room.quantized = room.memory.data();
+  const int padded = round_up(num_inputs, digits ? kDepth : kGroup);
   each_row(num_rows, padded + fill.cost, [&](int r) {
     if (fill.work) fill.work(r);  // beside its rounding: a row is in the first cache, and one hand-over does for both
-    int8_t* q = room.quantized + (size_t)r * rows.quantized_stride;
-    int32_t* biases = &room.biases[(size_t)r * rows.group_stride];
-    const size_t g = (size_t)r * groups;
     if (digits)
-      kernels->quantize_digits(x.row(r), padded, q, &room.scales[r], biases);
+      kernels->quantize_digits(rows.values + (size_t)r * rows.stride, padded, &room.quantized[(size_t)r * rows.quantized_stride],
+                               &room.scales[r], &room.biases[(size_t)r * rows.group_stride]);
     else
-      kernels->quantize(x.row(r), padded, q, &room.scales[g], &room.sums[g], biases);
+      round_groups(rows, room, r, 0, padded);
   });
-  rows.quantized = room.quantized;
-  rows.scales = room.scales.data();
-  rows.sums = room.sums.data();
-  rows.biases = room.biases.data();
   return rows;
 }
 
@@ -127,8 +165,11 @@ Rows from_row(Rows x, int row) {
   x.values += (size_t)row * x.stride;
   if (x.rounding == Rounding::none) return x;
   x.quantized += (size_t)row * x.quantized_stride;
-  x.scales += (size_t)row * x.scale_stride;
-  if (x.rounding == Rounding::groups) x.sums += (size_t)row * x.group_stride;
+  if (x.rounding == Rounding::groups) {
+    x.groups += (size_t)row * x.group_stride;
+    return x;
+  }
+  x.scales += row;
   x.biases += (size_t)row * x.group_stride;
   return x;
 }
@@ -137,13 +178,10 @@ Rows from_column(Rows x, int column) {  // a multiple of what inputs are padded 
   x.values += column;
   if (x.rounding == Rounding::none) return x;
   x.quantized += column;
-  if (x.rounding == Rounding::digits) {
+  if (x.rounding == Rounding::groups)
+    x.groups += column / kGroup;
+  else
     x.biases += column / kDepth;
-    return x;
-  }
-  x.scales += column / kGroup;
-  x.sums += column / kGroup;
-  x.biases += column / kGroup;
   return x;
 }
 
@@ -155,92 +193,113 @@ void fetch(const Rows& x, int num_rows) {
     for (const char* line = first; line < first + num_rows * stride * sizeof(*begin); line += 64) __builtin_prefetch(line, 0, 3);
   };
   lines(x.quantized, x.quantized_stride);
-  lines(x.scales, x.scale_stride);
-  if (x.rounding == Rounding::groups) lines(x.sums, x.group_stride);
-  lines(x.biases, x.group_stride);
+  if (x.rounding == Rounding::groups)
+    lines(x.groups, x.group_stride);
+  else
+    lines(x.biases, x.group_stride);
 }
 
 Ahead ahead(const Matrix& m, int panel) { return m.panels(panel, std::min(m.num_panels, panel + kAheadPanels)); }
 
-Output to_row(Output out, int row) {
-  if (out.rows)
-    out.rows += row;
-  else
-    out.values += (size_t)row * out.stride;
-  return out;
-}
-
 }  // namespace
 
-void Model::multiply(const std::vector<Product>& products, const Matrix& following) {
-  // panels of all of them in one hand-over; small pieces, so that a thread that comes late leaves the others little to wait for
-  int total = 0, most_rows = 0;
-  for (const Product& p : products) {
-    total += p.weights->matrix.num_panels;
-    most_rows = std::max(most_rows, p.num_rows);
-  }
-  const int panels = std::max(2, round_up(threads_.count() == 1 ? total : total / (threads_.count() * 6), 2));
-  pieces_.clear();
-  for (const Product& p : products)
-    for (int from = 0; from < p.weights->matrix.num_panels; from += panels)
-      pieces_.push_back({&p, from, std::min(p.weights->matrix.num_panels, from + panels)});
-  const int num_pieces = (int)pieces_.size();
-  for (int row = 0; row < most_rows; row += kTile)
-    threads_.run(num_pieces, [&](int i, int thread) {
-      const auto [p, from, to] = pieces_[i];
-      const int rows = std::min(kTile, p->num_rows - row);
-      if (rows <= 0) return;
-      const Rows x = from_row(p->rows, row);
-      if (i == threads_.first_of(num_pieces, thread)) fetch(x, rows);
-      // behind a thread's last piece: what falls to it of the product after this one
-      const bool is_last = i + 1 == num_pieces || i + 1 == threads_.first_of(num_pieces, thread + 1);
-      const Ahead then = is_last ? ahead(following, threads_.first_of(following.num_panels, thread))
-                                 : ahead(pieces_[i + 1].product->weights->matrix, pieces_[i + 1].from);
-      kernels->multiply(p->weights->matrix, from, to, x, rows, to_row(p->out, row), then);
-    });
+void Model::multiply(const std::vector<Product>& products, const Next& following) {
+  // Each thread takes its share of every product's jobs, the first product's first: the same jobs again where another product has as many.
+  order_.clear();
+  for (int thread = 0; thread < threads_.count(); ++thread)
+    for (const Product& p : products)
+      for (int i = threads_.first_of((int)p.jobs.size(), thread); i < threads_.first_of((int)p.jobs.size(), thread + 1); ++i)
+        order_.push_back({&p, &p.jobs[i]});
+  const int num = (int)order_.size();
+  const auto begin_of = [&](const Next& next, int thread) {
+    const int first = next.jobs ? (*next.jobs)[threads_.first_of((int)next.jobs->size(), thread)].own.from
+                                : threads_.first_of(next.matrix->num_panels, thread);
+    return ahead(*next.matrix, first);
+  };
+  threads_.run(num, [&](int i, int thread) {
+    const Product& p = *order_[i].product;
+    const Job& job = *order_[i].job;
+    if (i == threads_.first_of(num, thread)) fetch(p.terms[0].x, std::min(kTile, p.terms[0].count));
+    struct Piece {
+      const Term* term;
+      int from, to, row, end;
+    } piece{nullptr, 0, 0, 0, 0};
+    // one piece behind, so that it knows what comes next
+    const auto compute = [&](const Ahead& then) {
+      if (piece.term == nullptr) return;
+      const Term& t = *piece.term;
+      kernels->multiply(*t.matrix, piece.from, piece.to, from_row(t.x, piece.row - t.first), piece.end - piece.row,
+                        {p.y->row(piece.row) + t.output, p.y->stride, t.add, t.scale}, then);
+    };
+    for (int row = 0; row < p.num_rows; row += kTile) {
+      const int end = std::min(p.num_rows, row + kTile);
+      for (const Term& t : p.terms)
+        for (const Panels& range : {job.own, job.also}) {
+          const int first = t.output / kLanes;
+          const Piece next{&t, std::max(range.from - first, 0), std::min(range.to - first, t.matrix->num_panels), std::max(row, t.first),
+                           std::min(end, t.first + t.count)};
+          if (next.from >= next.to || next.row >= next.end) continue;
+          compute(ahead(*t.matrix, next.from));
+          piece = next;
+        }
+      // behind a thread's last job: what falls to it of the product after this one
+      const bool is_last = i + 1 == num || i + 1 == threads_.first_of(num, thread + 1);
+      compute(is_last ? begin_of(following, thread) : ahead(*order_[i + 1].product->terms[0].matrix, order_[i + 1].job->own.from));
+      piece.term = nullptr;
+      if (p.finish) p.finish(job, row, end);
+    }
+  });
 }
 
-void Model::apply(Layer& layer, Place place, Floats2d& x, int num_rows, int num_inputs, Floats2d& y, bool add,
-                  const std::vector<int>& adapted, const Matrix& following, const Fill& fill) {
+void Model::apply(const Layer& layer, Place place, const Rows& x, const Floats2d& floats, int num_rows, Floats2d& y, bool add,
+                  const Finish& finish, const Next& following) {
   const Weights& w = layer.maps[place];
   const AdapterGroup& group = layer.adapters[place];
-  const bool adapts = !adapted.empty() && group.a.is_set();
-  const int n = (int)adapted.size(), rank = adapts ? group.a.matrix.num_outputs : 0;
-  // where most rows are adapted, A takes all of them beside the base: one hand-over less, and no copy of the inputs
-  const bool together = adapts && 2 * n > num_rows && rounding(w) == rounding(group.a);
-  const Rows rows = prepare(x, num_rows, num_inputs, rounding(w), prepared_, fill);
-  const Product base{&w, rows, num_rows, {y.values, y.stride, nullptr, add, 1.0f}};
-  if (together) {
-    low_.reserve(num_rows, rank);
-    multiply({base, {&group.a, rows, num_rows, {low_.values, low_.stride, nullptr, false, 1.0f}}}, following);
-    if (n < num_rows)
-      for (int i = 0; i < n; ++i) std::memmove(low_.row(i), low_.row(adapted[i]), low_.stride * 4);  // adapted[i] >= i
-  } else {
-    multiply({base}, following);
-  }
   const std::vector<float>& bias = layer.biases[place];
-  if (!bias.empty())
-    each_row(num_rows, (int)bias.size(), [&](int r) { kernels->add_to(y.row(r), bias.data(), (int)bias.size()); });
-  if (!adapts) return;
-  if (!together) {
-    picked_.reserve(n, num_inputs);
-    for (int i = 0; i < n; ++i) std::memcpy(picked_.row(i), x.row(adapted[i]), picked_.stride * 4);
-    low_.reserve(n, rank);
-    multiply({{&group.a, prepare(picked_, n, num_inputs, rounding(group.a), prepared_picked_, {}), n,
-               {low_.values, low_.stride, nullptr, false, 1.0f}}}, following);
+  const Finish done = bias.empty() ? finish : [&](const Job& job, int row, int end) {
+    for (const Panels& range : {job.own, job.also}) {
+      const int from = range.from * kLanes, to = std::min((int)bias.size(), range.to * kLanes);
+      for (int r = row; from < to && r < end; ++r) kernels->add_to(y.row(r) + from, &bias[from], to - from);
+    }
+    if (finish) finish(job, row, end);
+  };
+  Product base{jobs_[place], {{&w.matrix, x, 0, num_rows, 0, add, 1.0f}}, &y, num_rows, done};
+  if (runs_.empty() || !group.a.is_set()) return multiply({base}, following);
+
+  // beside the base the adapter's A, then what its B add to that
+  const Matrix& a = group.a.matrix;
+  const int rank = a.num_outputs;
+  low_.reserve(num_adapted_, rank);
+  Rows low = rows_of(low_, num_adapted_, rank, rounding(group.parts[0].b), prepared_low_);
+  const bool rounds = low.rounding == Rounding::groups;
+  const Finish round = [&](const Job& job, int row, int end) {
+    for (; row < end; ++row) round_groups(low, prepared_low_, row, job.own.from * kLanes, job.own.to * kLanes);
+  };
+  const Rows own = rounding(w) == rounding(group.a) ? x : prepare(floats, num_rows, a.num_inputs, rounding(group.a), prepared_other_, {});
+  const std::vector<Job> low_jobs = split(rank);
+  Product to_low{low_jobs, {}, &low_, num_adapted_, rounds ? round : Finish()};
+  int num = 0;
+  for (const Run& run : runs_) {
+    to_low.terms.push_back({&a, from_row(own, run.first), num, run.count, 0, false, 1.0f});
+    num += run.count;
   }
-  const Rows low = prepare(low_, n, rank, rounding(group.parts[0].b), prepared_low_, {});
-  std::vector<Product> parts;
+  base.finish = nullptr;
+  multiply({to_low, base}, {&group.parts[0].b.matrix, nullptr});
+  if (!rounds) low = prepare(low_, num_adapted_, rank, low.rounding, prepared_low_, {});
+  bool is_aligned = true;
+  for (const AdapterPart& part : group.parts) is_aligned = is_aligned && part.output % kLanes == 0;
+  // else a panel that reaches into the next part's outputs adds zeros there: one thread does them all
+  const std::vector<Job> whole{{{0, w.matrix.num_panels + 1}}};
+  Product add_up{is_aligned ? jobs_[place] : whole, {}, &y, num_rows, done};
   for (const AdapterPart& part : group.parts) {
-    parts.push_back({&part.b, from_column(low, part.column), n,
-                     {y.values + part.output, y.stride, adapted.data(), true, adapter_scale}});
-    // panels that reach into the next part's outputs add zeros there: not while others add to them
-    if (part.b.matrix.num_outputs % kLanes != 0) {
-      multiply(parts, following);
-      parts.clear();
+    num = 0;
+    for (const Run& run : runs_) {
+      add_up.terms.push_back({&part.b.matrix, from_row(from_column(low, part.column), num), run.first, run.count, part.output, true,
+                              adapter_scale});
+      num += run.count;
     }
   }
-  if (!parts.empty()) multiply(parts, following);
+  multiply({add_up}, following);
 }
 
 // ---- one forward -----------------------------------------------------------------------------------------------------------
@@ -266,40 +325,37 @@ void Model::grow_rotations(int position) {
   num_rotations_ = wanted;
 }
 
-void Model::rotate_and_store(Layer& layer, int index, const int* positions, int num_inputs, Cache& cache) {
+void Model::turn(const Layer& layer, int index, int input, int position, int head, Cache& cache) {
   const int H = config.num_heads, G = config.num_kv_heads, K = config.head_size, half = K / 2;
-  each_row(num_inputs, (H + 2 * G) * K, [&](int i) {
-    float* row = qkv_.row(i);
-    const float* cosines = &cosines_[(size_t)positions[i] * half];
-    const float* sines = &sines_[(size_t)positions[i] * half];
-    for (int h = 0; h < H + G; ++h) {
-      const std::vector<float>& norm = h < H ? layer.q_norm : layer.k_norm;
-      float* head = row + (size_t)h * K;
-      if (!norm.empty()) {
-        float squares = 0.0f;
-        for (int k = 0; k < K; ++k) squares += head[k] * head[k];
-        const float scale = 1.0f / std::sqrt(squares / (float)K + config.norm_eps);
-        for (int k = 0; k < K; ++k) head[k] = head[k] * scale * norm[k];
-      }
-      kernels->rotate(head, cosines, sines, half, h < H ? query_scales_[positions[i]] : 1.0f);
-    }
-    const int slot = slots_[i];
-    for (int g = 0; g < G; ++g) {
-      const float* key = row + (size_t)(H + g) * K;
-      const float* value = row + (size_t)(H + G + g) * K;
-      if (cache.is_half()) {
-        kernels->store_key_f16(key, K, slot % kLanes, cache.keys<uint16_t>(index, g) + (size_t)(slot / kLanes) * kLanes * K);
-        kernels->store_value_f16(value, K, cache.values<uint16_t>(index, g) + (size_t)slot * cache.value_size());
-      } else {
-        kernels->store_key_f32(key, K, slot % kLanes, cache.keys<float>(index, g) + (size_t)(slot / kLanes) * kLanes * K);
-        kernels->store_value_f32(value, K, cache.values<float>(index, g) + (size_t)slot * cache.value_size());
-      }
-    }
-  });
+  float* const own = qkv_.row(input) + (size_t)head * K;
+  const int slot = slots_[input];
+  if (head >= H + G) {
+    const int g = head - H - G;
+    if (cache.is_half())
+      kernels->store_value_f16(own, K, cache.values<uint16_t>(index, g) + (size_t)slot * cache.value_size());
+    else
+      kernels->store_value_f32(own, K, cache.values<float>(index, g) + (size_t)slot * cache.value_size());
+    return;
+  }
+  const std::vector<float>& norm = head < H ? layer.q_norm : layer.k_norm;
+  if (!norm.empty()) {
+    float squares = 0.0f;
+    for (int k = 0; k < K; ++k) squares += own[k] * own[k];
+    const float scale = 1.0f / std::sqrt(squares / (float)K + config.norm_eps);
+    for (int k = 0; k < K; ++k) own[k] = own[k] * scale * norm[k];
+  }
+  kernels->rotate(own, &cosines_[(size_t)position * half], &sines_[(size_t)position * half], half,
+                  head < H ? query_scales_[position] : 1.0f);
+  if (head < H) return;
+  const size_t block = (size_t)(slot / kLanes) * kLanes * K;
+  if (cache.is_half())
+    kernels->store_key_f16(own, K, slot % kLanes, cache.keys<uint16_t>(index, head - H) + block);
+  else
+    kernels->store_key_f32(own, K, slot % kLanes, cache.keys<float>(index, head - H) + block);
 }
 
 template <typename T>
-void Model::attend(int index, Cache& cache, const std::vector<Span>& spans) {
+void Model::attend(int index, Cache& cache, const std::vector<Span>& spans, const std::function<void(int, int)>& finish) {
   const int H = config.num_heads, K = config.head_size, shared = H / config.num_kv_heads;
   struct Piece {
     const Span* span;
@@ -336,42 +392,81 @@ void Model::attend(int index, Cache& cache, const std::vector<Span>& spans) {
       kernels->attend_f32(task);
     else
       kernels->attend_f16(task);
+    if (finish)
+      for (int r = row; r < row + task.num_rows; ++r) finish(span->start + r / shared, group * shared + r % shared);
   };
   threads_.run((int)pieces.size(), work);
 }
 
 void Model::run(const int* tokens, const int* positions, int n, const std::vector<Span>& spans, Cache& cache,
                 const std::vector<int>& adapted, const std::vector<int>& asked, float* hidden) {
-  const int D = config.width, I = config.mlp_width, q = config.num_heads * config.head_size;
+  const int D = config.width, I = config.mlp_width, H = config.num_heads, G = config.num_kv_heads, K = config.head_size, q = H * K;
   const Threads::Awake awake(threads_);
   reserve(n);
   for (int i = 0; i < n; ++i) {
     grow_rotations(positions[i]);
     unpack_row(embedding.matrix, tokens[i], x_.row(i));
   }
-  if (!mask_embedding.empty())
-    for (int i : adapted) std::memcpy(x_.row(i), mask_embedding.data(), (size_t)D * 4);
+  runs_.clear();
+  num_adapted_ = (int)adapted.size();
+  for (int i : adapted) {
+    if (!mask_embedding.empty()) std::memcpy(x_.row(i), mask_embedding.data(), (size_t)D * 4);
+    if (!runs_.empty() && runs_.back().first + runs_.back().count == i)
+      ++runs_.back().count;
+    else
+      runs_.push_back({i, 1});
+  }
   for (const Span& s : spans)
     for (int i = 0; i < s.length; ++i) slots_[s.start + i] = s.first_position + s.cached + i;
   const auto normalized = [&](const std::vector<float>& weight) {
     return Fill{D, [&, w = weight.data()](int r) { kernels->rms_norm(x_.row(r), w, D, config.norm_eps, normed_.row(r)); }};
   };
-  // an exponential costs about four times a plain number
-  const Fill gated{4 * I, [&](int r) { kernels->silu_times(gate_up_.row(r), gate_up_.row(r) + I, I, gated_.row(r)); }};
   for (int index = 0; index < config.num_layers; ++index) {
-    Layer& layer = layers[index];
-    const bool is_last = index + 1 == config.num_layers;
-    const Matrix* const then[kPlaces] = {&layer.maps[kOutput].matrix, &layer.maps[kGateUp].matrix, &layer.maps[kDown].matrix,
-                                         is_last ? &head_weights().matrix : &layers[index + 1].maps[kQkv].matrix};
-    apply(layer, kQkv, normed_, n, D, qkv_, false, adapted, *then[kQkv], normalized(layer.attention_norm));
-    rotate_and_store(layer, index, positions, n, cache);
+    const Layer& layer = layers[index];
+    const auto next = [&](Place place) { return Next{&layer.maps[place].matrix, &jobs_[place]}; };
+    const auto rounding_at = [&](Place place) { return rounding(layer.maps[place]); };
+
+    const Rows normed = prepare(normed_, n, D, rounding_at(kQkv), prepared_, normalized(layer.attention_norm));
+    const Finish turned = [&](const Job& job, int row, int end) {
+      for (int head = job.own.from * kLanes / K; row < end; ++row) turn(layer, index, row, positions[row], head, cache);
+    };
+    apply(layer, kQkv, normed, normed_, n, qkv_, false, turns_in_job_ ? turned : Finish(), next(kOutput));
+    if (!turns_in_job_)
+      each_row(n, (H + 2 * G) * K, [&](int i) {
+        for (int head = 0; head < H + 2 * G; ++head) turn(layer, index, i, positions[i], head, cache);
+      });
+
+    Rows attended = rows_of(attended_, n, q, rounding_at(kOutput), prepared_attended_);
+    const bool rounds_heads = attended.rounding == Rounding::groups && K % kGroup == 0;
+    const auto rounded = [&](int row, int head) { round_groups(attended, prepared_attended_, row, head * K, (head + 1) * K); };
+    const std::function<void(int, int)> finish = rounds_heads ? rounded : std::function<void(int, int)>();
     if (cache.is_half())
-      attend<uint16_t>(index, cache, spans);
+      attend<uint16_t>(index, cache, spans, finish);
     else
-      attend<float>(index, cache, spans);
-    apply(layer, kOutput, attended_, n, q, x_, true, adapted, *then[kOutput], {});
-    apply(layer, kGateUp, normed_, n, D, gate_up_, false, adapted, *then[kGateUp], normalized(layer.mlp_norm));
-    apply(layer, kDown, gated_, n, I, x_, true, adapted, *then[kDown], gated);
+      attend<float>(index, cache, spans, finish);
+    if (!rounds_heads) attended = prepare(attended_, n, q, attended.rounding, prepared_attended_, {});
+    apply(layer, kOutput, attended, attended_, n, x_, true, {}, next(kGateUp));
+
+    const Rows again = prepare(normed_, n, D, rounding_at(kGateUp), prepared_, normalized(layer.mlp_norm));
+    Rows gated = rows_of(gated_, n, I, rounding_at(kDown), prepared_gated_);
+    const bool rounds_gated = gates_in_job_ && gated.rounding == Rounding::groups;
+    const auto gate = [&](int row, int from, int to) {
+      kernels->silu_times(gate_up_.row(row) + from, gate_up_.row(row) + I + from, to - from, gated_.row(row) + from);
+    };
+    const Finish gates = [&](const Job& job, int row, int end) {
+      const int from = job.own.from * kLanes, to = job.own.to * kLanes;
+      for (; row < end; ++row) {
+        gate(row, from, to);
+        if (rounds_gated) round_groups(gated, prepared_gated_, row, from, to);
+      }
+    };
+    apply(layer, kGateUp, again, normed_, n, gate_up_, false, gates_in_job_ ? gates : Finish(), next(kDown));
+    // an exponential costs about four times a plain number
+    const Fill fill = gates_in_job_ ? Fill{} : Fill{4 * I, [&](int r) { gate(r, 0, I); }};
+    if (!rounds_gated) gated = prepare(gated_, n, I, gated.rounding, prepared_gated_, fill);
+    const bool is_last = index + 1 == config.num_layers;
+    apply(layer, kDown, gated, gated_, n, x_, true, {},
+          is_last ? Next{&head_weights().matrix, nullptr} : Next{&layers[index + 1].maps[kQkv].matrix, &jobs_[kQkv]});
   }
   final_.reserve(1, D);
   for (size_t i = 0; i < asked.size(); ++i) {
@@ -394,7 +489,7 @@ void Model::head(const float* hidden, int count, int but, float* logits, size_t 
   std::vector<Best> found((size_t)num_chunks * count);
   threads_.run(num_chunks, [&](int chunk, int) {
     const int from = chunk * kHeadPanels, to = std::min(m.num_panels, from + kHeadPanels);
-    kernels->multiply(m, from, to, x, count, {logits, stride, nullptr, false, 1.0f}, ahead(m, to));
+    kernels->multiply(m, from, to, x, count, {logits, stride, false, 1.0f}, ahead(m, to));
     const int begin = from * kLanes, size = std::min(m.num_outputs, to * kLanes) - begin;
     for (int r = 0; r < count; ++r) {
       Best& b = found[(size_t)chunk * count + r];

@@ -146,24 +146,47 @@ class Model {
     float* values = nullptr;
     size_t stride = 0;
     void reserve(int rows, int columns);
-    float* row(int r) { return values + (size_t)r * stride; }
+    float* row(int r) const { return values + (size_t)r * stride; }
   };
   struct Prepared {  // rows as a product wants them
-    std::vector<int8_t> memory;
-    int8_t* quantized = nullptr;
-    std::vector<float> scales, sums;
+    std::vector<int8_t> quantized;
+    std::vector<RowGroup> groups;
+    std::vector<float> scales;
     std::vector<int32_t> biases;
   };
 
-  struct Product {
-    const Weights* weights;
-    Rows rows;
-    int num_rows;
-    Output out;
+  struct Panels {
+    int from = 0, to = 0;
   };
-  struct Piece {  // panels of a product
-    const Product* product;
-    int from, to;
+  // Outputs of a map that one thread computes, and what follows from them alone: a head, or numbers of gate and up.
+  struct Job {
+    Panels own, also;
+  };
+  // A product that is part of a map's result: the map itself, or what an adapter adds to some rows and outputs.
+  struct Term {
+    const Matrix* matrix;
+    Rows x;
+    int first, count;  // rows of the result
+    int output;        // where its outputs begin
+    bool add;
+    float scale;
+  };
+  // what a thread does with a job's outputs in rows [row, end)
+  using Finish = std::function<void(const Job&, int row, int end)>;
+  struct Product {
+    const std::vector<Job>& jobs;
+    std::vector<Term> terms;
+    Floats2d* y;
+    int num_rows;
+    Finish finish;
+  };
+  // The product after this one, whose weights are fetched meanwhile.
+  struct Next {
+    const Matrix* matrix = nullptr;
+    const std::vector<Job>* jobs = nullptr;
+  };
+  struct Run {  // adapted inputs that follow one another
+    int first, count;
   };
 
   const Weights& head_weights() const { return output_head.is_set() ? output_head : embedding; }
@@ -176,25 +199,40 @@ class Model {
     int cost = 0;
     std::function<void(int)> work;
   };
-  Rows prepare(Floats2d& x, int num_rows, int num_inputs, Rounding rounding, Prepared& room, const Fill& fill);
-  // following: the product after these, whose weights are fetched meanwhile
-  void multiply(const std::vector<Product>& products, const Matrix& following);
-  void apply(Layer& layer, Place place, Floats2d& x, int num_rows, int num_inputs, Floats2d& y, bool add,
-             const std::vector<int>& adapted, const Matrix& following, const Fill& fill);
+  std::vector<Job> split(int num_outputs) const;
+  // Rows with room for what rounding makes of them.
+  static Rows rows_of(const Floats2d& x, int num_rows, int num_inputs, Rounding rounding, Prepared& room);
+  // numbers [from, to) of a row, whole groups
+  void round_groups(const Rows& rows, Prepared& room, int row, int from, int to);
+  Rows prepare(const Floats2d& x, int num_rows, int num_inputs, Rounding rounding, Prepared& room, const Fill& fill);
+  void multiply(const std::vector<Product>& products, const Next& following);
+  // y = a map of x, or y plus it, adapters and biases included. floats: x as it was before it was rounded
+  void apply(const Layer& layer, Place place, const Rows& x, const Floats2d& floats, int num_rows, Floats2d& y, bool add,
+             const Finish& finish, const Next& following);
   void each_row(int num_rows, int per_row_cost, const std::function<void(int)>& work);
-  void rotate_and_store(Layer& layer, int index, const int* positions, int num_inputs, Cache& cache);
+  // A head of an input: a query or key is normalised and rotated, a key or value is written to the cache.
+  void turn(const Layer& layer, int index, int input, int position, int head, Cache& cache);
+  // finish: what the thread that made a head's output does with it
   template <typename T>
-  void attend(int index, Cache& cache, const std::vector<Span>& spans);
+  void attend(int index, Cache& cache, const std::vector<Span>& spans, const std::function<void(int input, int head)>& finish);
   void grow_rotations(int position);
   void score_again(const float* hidden, int before, const int* tokens, int count, float* scores);
 
   Threads threads_;
-  Floats2d x_, normed_, qkv_, attended_, gate_up_, gated_, low_, picked_, final_, both_, inner_, changed_;
-  Prepared prepared_, prepared_low_, prepared_picked_, prepared_final_;
+  Floats2d x_, normed_, qkv_, attended_, gate_up_, gated_, low_, final_, both_, inner_, changed_;
+  Prepared prepared_, prepared_attended_, prepared_gated_, prepared_low_, prepared_other_, prepared_final_;
+  std::vector<Job> jobs_[kPlaces];
+  bool turns_in_job_ = false, gates_in_job_ = false;  // whether heads, or groups of gated numbers, are whole panels
+  struct Chunk {
+    const Product* product;
+    const Job* job;
+  };
+  std::vector<Chunk> order_;
+  std::vector<Run> runs_;
+  int num_adapted_ = 0;
   std::vector<float> cosines_, sines_, query_scales_;
   int num_rotations_ = 0;
   std::vector<std::vector<float>> scratch_;
-  std::vector<Piece> pieces_;
   std::vector<float> ones_;
   std::vector<int> slots_;  // cache position of each input
 };

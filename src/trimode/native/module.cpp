@@ -105,7 +105,8 @@ void multiply_rows(const Matrix& m, const Kernels& kernels, const float* x, int 
   const bool digits = m.format == Format::s8;
   const size_t padded = (size_t)m.padded_inputs, groups = padded / m.padding(), outputs = (size_t)m.num_panels * kLanes;
   const size_t stride = padded * (digits ? 2 : 1), biased = groups * (digits ? 2 : 1);
-  std::vector<float> values(num_rows * padded + kLanes), scales(num_rows * groups), sums(scales.size()), out(num_rows * outputs);
+  std::vector<float> values(num_rows * padded + kLanes), scales(num_rows), out(num_rows * outputs);
+  std::vector<RowGroup> rounded(num_rows * groups);
   std::vector<int8_t> quantized(round_up(num_rows, 8) * stride + 64);
   std::vector<int32_t> biases(num_rows * biased);
   for (size_t r = 0; r < (size_t)num_rows; ++r) {
@@ -113,16 +114,14 @@ void multiply_rows(const Matrix& m, const Kernels& kernels, const float* x, int 
     if (digits)
       kernels.quantize_digits(&values[r * padded], (int)padded, &quantized[r * stride], &scales[r], &biases[r * biased]);
     else
-      kernels.quantize(&values[r * padded], (int)padded, &quantized[r * stride], &scales[r * groups], &sums[r * groups],
-                       &biases[r * biased]);
+      kernels.quantize(&values[r * padded], (int)padded, &quantized[r * stride], &rounded[r * groups]);
   }
   Rows rows;
   rows.values = values.data(), rows.stride = padded;
   rows.rounding = rounding_of(m.format);
   rows.quantized = quantized.data(), rows.quantized_stride = stride;
-  rows.scales = scales.data(), rows.scale_stride = digits ? 1 : groups;
-  rows.sums = sums.data(), rows.biases = biases.data(), rows.group_stride = biased;
-  kernels.multiply(m, 0, m.num_panels, rows, num_rows, {out.data(), outputs, nullptr, false, 1.0f}, {});
+  rows.groups = rounded.data(), rows.scales = scales.data(), rows.biases = biases.data(), rows.group_stride = biased;
+  kernels.multiply(m, 0, m.num_panels, rows, num_rows, {out.data(), outputs, false, 1.0f}, {});
   for (size_t r = 0; r < (size_t)num_rows; ++r) std::copy_n(&out[r * outputs], m.num_outputs, y + r * m.num_outputs);
 }
 

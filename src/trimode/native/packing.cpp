@@ -136,11 +136,24 @@ void pack_floats(Weights& w, int first, int count, const float* rows) {
       uint16_t* scales = scales_of(m, panel);
       for (int g = 0; g < m.num_groups(); ++g) {
         const int from = g * m.group(), to = std::min(from + m.group(), m.num_inputs);
+        if (m.format == Format::u4) {  // as GGUF's Q4_1
+          float lowest = row[from], highest = row[from];
+          for (int k = from; k < to; ++k) lowest = std::min(lowest, row[k]), highest = std::max(highest, row[k]);
+          const uint16_t d = float_to_half(std::min((highest - lowest) / 15.0f, 65504.0f)), least = float_to_half(lowest);
+          scales[(size_t)g * kLanes + lane] = d;
+          scales[(size_t)(m.num_groups() + g) * kLanes + lane] = least;
+          const float scale = half_to_float(d), begin = half_to_float(least);
+          for (int k = from; k < to; ++k) {
+            const float q = scale > 0.0f ? std::nearbyint((row[k] - begin) / scale) : 0.0f;
+            put_byte(m, panel, lane, k, (uint8_t)std::max(0.0f, std::min(15.0f, q)));
+          }
+          continue;
+        }
         float most = 0.0f;
         for (int k = from; k < to; ++k) most = std::max(most, std::fabs(row[k]));
         const uint16_t d = float_to_half(std::min(most / 127.0f, 65504.0f));
-        const float scale = half_to_float(d);
         scales[(size_t)g * kLanes + lane] = d;
+        const float scale = half_to_float(d);
         for (int k = from; k < to; ++k) {
           const float q = scale > 0.0f ? std::nearbyint(row[k] / scale) : 0.0f;
           put_byte(m, panel, lane, k, (uint8_t)(128 + (int)std::max(-127.0f, std::min(127.0f, q))));

@@ -55,7 +55,7 @@ void Model::score_again(const float* hidden, int before, const int* tokens, int 
     Rows rows;
     rows.values = x.row(row);
     rows.stride = x.stride;
-    kernels->multiply(w.matrix, 0, w.matrix.num_panels, rows, 1, {y.row(to), y.stride, nullptr, false, 1.0f}, {});
+    kernels->multiply(w.matrix, 0, w.matrix.num_panels, rows, 1, {y.row(to), y.stride, false, 1.0f}, {});
   };
   times(s.from_hidden, both_, 0, inner_, 0);
   times(s.from_before, both_, 1, inner_, 1);
