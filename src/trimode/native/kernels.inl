@@ -476,7 +476,7 @@ void attend_rows(const AttentionTask<T>& t, int row) {
     queries[r] = t.queries + inputs[r] * t.query_stride + column;
     outs[r] = t.out + inputs[r] * t.out_stride + column;
   }
-  constexpr int kBlocks = R > 4 ? 1 : R > 1 ? 2 : 4;
+  constexpr int kBlocks = R > 4 ? 1 : R > 1 ? 2 * kPanels : 4;
   int block = 0;
   for (; block + kBlocks <= num_blocks; block += kBlocks) score_blocks<R, kBlocks>(t, queries, block, stride);
   for (; block < num_blocks; ++block) score_blocks<R, 1>(t, queries, block, stride);

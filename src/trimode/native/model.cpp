@@ -7,7 +7,8 @@
 namespace trimode {
 namespace {
 
-constexpr int kRowsOfTask = 8;     // queries of heads that share their keys, in one attention task
+constexpr int kRowsOfTask = 8;     // queries of heads that share their keys, at most, in one attention task
+constexpr int kTasksOfThread = 3;
 constexpr int kHeadPanels = 64;    // panels of the output head that are looked at together: 1,024 logits a row lie in the first cache
 constexpr int kAheadPanels = 2;    // of the next piece of a product that are fetched at this one's end
 constexpr int kTile = 192;         // rows that stay near while the panels pass
@@ -77,11 +78,13 @@ Model::Model(Config c, int num_threads, const Kernels* k)
   jobs_[kOutput] = jobs_[kDown] = split(config.width);
 }
 
-// Small jobs, so that a thread that comes late leaves the others little to wait for; of whole groups.
+// Small jobs, so that a thread that comes late leaves the others little to wait for; of whole groups; as many panels for each thread.
 std::vector<Model::Job> Model::split(int num_outputs) const {
-  const int total = round_up(num_outputs, kLanes) / kLanes, size = std::max(2, round_up(total / (threads_.count() * 6), 2));
+  const int total = round_up(num_outputs, kLanes) / kLanes, pairs = (total + 1) / 2;
+  const int num = std::min(pairs, threads_.count() * 6);
   std::vector<Job> jobs;
-  for (int from = 0; from < total; from += size) jobs.push_back({{from, std::min(total, from + size)}});
+  for (int i = 0; i < num; ++i)
+    jobs.push_back({{(int)((int64_t)pairs * i / num) * 2, std::min(total, (int)((int64_t)pairs * (i + 1) / num) * 2)}});
   return jobs;
 }
 
@@ -359,19 +362,23 @@ void Model::attend(int index, Cache& cache, const std::vector<Span>& spans, cons
   const int H = config.num_heads, K = config.head_size, shared = H / config.num_kv_heads;
   struct Piece {
     const Span* span;
-    int group, row;  // of the heads that share keys; of inputs times these heads
+    int group, row, end;  // of the heads that share keys; of inputs times these heads
   };
   std::vector<Piece> pieces;
-  size_t most = 0;
+  size_t most = 0, total = 0;
+  for (const Span& s : spans) total += (size_t)s.length * H;
+  // very few queries are shared out evenly, though keys are then read again
+  const int evenly = (int)(total / (threads_.count() * kTasksOfThread)), wanted = 2 * evenly < kRowsOfTask ? std::max(1, evenly) : kRowsOfTask;
   for (const Span& s : spans) {
     most = std::max(most, (size_t)round_up(s.cached + s.length, kLanes));
+    const int rows = s.length * shared, num = (rows + wanted - 1) / wanted;
     for (int g = 0; g < config.num_kv_heads; ++g)
-      for (int row = 0; row < s.length * shared; row += kRowsOfTask) pieces.push_back({&s, g, row});
+      for (int i = 0; i < num; ++i) pieces.push_back({&s, g, i * wanted, std::min(rows, (i + 1) * wanted)});
   }
   for (std::vector<float>& scores : scratch_)  // here, where no memory is an error that can be told
-    if (scores.size() < 8 * most) scores.resize(8 * most);
+    scores.resize(std::max(scores.size(), kRowsOfTask * most));
   const auto work = [&](int i, int thread) {
-    const auto [span, group, row] = pieces[i];
+    const auto [span, group, row, end] = pieces[i];
     std::vector<float>& scores = scratch_[thread];
     AttentionTask<T> task;
     task.queries = qkv_.row(span->start) + (size_t)group * shared * K;
@@ -379,7 +386,7 @@ void Model::attend(int index, Cache& cache, const std::vector<Span>& spans, cons
     task.out = attended_.row(span->start) + (size_t)group * shared * K;
     task.out_stride = attended_.stride;
     task.num_heads = shared;
-    task.num_rows = std::min(kRowsOfTask, span->length * shared - row);
+    task.num_rows = end - row;
     task.keys = cache.keys<T>(index, group) + (size_t)span->first_position * K;
     task.values = cache.values<T>(index, group) + (size_t)span->first_position * cache.value_size();
     task.head = K;
@@ -393,7 +400,7 @@ void Model::attend(int index, Cache& cache, const std::vector<Span>& spans, cons
     else
       kernels->attend_f16(task);
     if (finish)
-      for (int r = row; r < row + task.num_rows; ++r) finish(span->start + r / shared, group * shared + r % shared);
+      for (int r = row; r < end; ++r) finish(span->start + r / shared, group * shared + r % shared);
   };
   threads_.run((int)pieces.size(), work);
 }
