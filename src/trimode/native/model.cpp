@@ -49,7 +49,7 @@ void Cache::copy_as(int source, int target, int count) {
 
 // ---- room ------------------------------------------------------------------------------------------------------------------
 
-void Model::Floats2d::reserve(int rows, int columns) {
+void Model::Room::reserve(int rows, int columns) {
   // behind the last column zeros: products read whole groups. They stay zero, since nobody writes there anything else.
   stride = (size_t)round_up(columns, kDepth);
   // Behind the last row: what the alignment takes, and what an adapter's last panel reaches beyond it.
@@ -206,68 +206,104 @@ Ahead ahead(const Matrix& m, int panel) { return m.panels(panel, std::min(m.num_
 
 }  // namespace
 
-void Model::multiply(const std::vector<Product>& products, const Next& following) {
-  // Each thread takes its share of every product's jobs, the first product's first: the same jobs again where another product has as many.
-  order_.clear();
-  for (int thread = 0; thread < threads_.count(); ++thread)
-    for (const Product& p : products)
-      for (int i = threads_.first_of((int)p.jobs.size(), thread); i < threads_.first_of((int)p.jobs.size(), thread + 1); ++i)
-        order_.push_back({&p, &p.jobs[i]});
-  const int num = (int)order_.size();
-  const auto begin_of = [&](const Next& next, int thread) {
-    const int first = next.jobs ? (*next.jobs)[threads_.first_of((int)next.jobs->size(), thread)].own.from
-                                : threads_.first_of(next.matrix->num_panels, thread);
-    return ahead(*next.matrix, first);
+// A hand-over of one or two products. Whatever a thread must know for it lies in this one place, which is sent for as a whole.
+struct Model::Multiplying {
+  Model* model;
+  Next following;
+  int num_products, num_jobs;
+  Product products[2];
+
+  struct Chunk {
+    const Product* product;
+    int job;
   };
-  threads_.run(num, [&](int i, int thread) {
-    const Product& p = *order_[i].product;
-    const Job& job = *order_[i].job;
-    if (i == threads_.first_of(num, thread)) fetch(p.terms[0].x, std::min(kTile, p.terms[0].count));
+  // Each thread takes its share of every product's jobs, the first product's first: the same jobs again where another product has as many.
+  Chunk chunk(int i) const {
+    if (num_products == 1) return {&products[0], i};
+    const Threads& threads = model->threads_;
+    for (int thread = 0; thread < threads.count(); ++thread)
+      for (const Product& p : products) {
+        const int from = threads.first_of(p.num_jobs, thread), count = threads.first_of(p.num_jobs, thread + 1) - from;
+        if (i < count) return {&p, from + i};
+        i -= count;
+      }
+    return {&products[0], 0};  // never: there are as many as all jobs
+  }
+
+  Ahead first_panels(int thread) const {
+    const Threads& threads = model->threads_;
+    const int first = following.jobs ? following.jobs[threads.first_of(following.num_jobs, thread)].own.from
+                                     : threads.first_of(following.matrix->num_panels, thread);
+    return ahead(*following.matrix, first);
+  }
+
+  void operator()(int i, int thread) const {
+    const auto [p, index] = chunk(i);
+    const Job& job = p->jobs[index];
+    if (i == model->threads_.first_of(num_jobs, thread)) fetch(p->terms()[0].x, std::min(kTile, p->terms()[0].count));
     struct Piece {
       const Term* term;
       int from, to, row, end;
     } piece{nullptr, 0, 0, 0, 0};
     // one piece behind, so that it knows what comes next
-    const auto compute = [&](const Ahead& then) {
+    const auto compute = [&, p = p](const Ahead& then) {
       if (piece.term == nullptr) return;
       const Term& t = *piece.term;
-      kernels->multiply(*t.matrix, piece.from, piece.to, from_row(t.x, piece.row - t.first), piece.end - piece.row,
-                        {p.y->row(piece.row) + t.output, p.y->stride, t.add, t.scale}, then);
+      model->kernels->multiply(*t.matrix, piece.from, piece.to, from_row(t.x, piece.row - t.first), piece.end - piece.row,
+                               {p->y.row(piece.row) + t.output, p->y.stride, t.add, t.scale}, then);
     };
-    for (int row = 0; row < p.num_rows; row += kTile) {
-      const int end = std::min(p.num_rows, row + kTile);
-      for (const Term& t : p.terms)
+    for (int row = 0; row < p->num_rows; row += kTile) {
+      const int end = std::min(p->num_rows, row + kTile);
+      for (const Term* t = p->terms(); t < p->terms() + p->num_terms; ++t)
         for (const Panels& range : {job.own, job.also}) {
-          const int first = t.output / kLanes;
-          const Piece next{&t, std::max(range.from - first, 0), std::min(range.to - first, t.matrix->num_panels), std::max(row, t.first),
-                           std::min(end, t.first + t.count)};
+          const int first = t->output / kLanes;
+          const Piece next{t, std::max(range.from - first, 0), std::min(range.to - first, t->matrix->num_panels), std::max(row, t->first),
+                           std::min(end, t->first + t->count)};
           if (next.from >= next.to || next.row >= next.end) continue;
-          compute(ahead(*t.matrix, next.from));
+          compute(ahead(*t->matrix, next.from));
           piece = next;
         }
       // behind a thread's last job: what falls to it of the product after this one
-      const bool is_last = i + 1 == num || i + 1 == threads_.first_of(num, thread + 1);
-      compute(is_last ? begin_of(following, thread) : ahead(*order_[i + 1].product->terms[0].matrix, order_[i + 1].job->own.from));
+      if (i + 1 == num_jobs || i + 1 == model->threads_.first_of(num_jobs, thread + 1)) {
+        compute(first_panels(thread));
+      } else {
+        const auto [product, after] = chunk(i + 1);
+        compute(ahead(*product->terms()[0].matrix, product->jobs[after].own.from));
+      }
       piece.term = nullptr;
-      if (p.finish) p.finish(job, row, end);
+      model->finish(p->finish, p->y, job, row, end);
     }
-  });
+  }
+};
+
+void Model::multiply(const Product& first, const Product* second, const Next& following) {
+  Multiplying work{this, following, second ? 2 : 1, first.num_jobs + (second ? second->num_jobs : 0), {first, second ? *second : Product{}}};
+  threads_.run(work.num_jobs, work);
 }
 
-void Model::apply(const Layer& layer, Place place, const Rows& x, const Floats2d& floats, int num_rows, Floats2d& y, bool add,
-                  const Finish& finish, const Next& following) {
+void Model::finish(const Finish& f, const Floats2d& y, const Job& job, int row, int end) {
+  if (f.bias != nullptr)
+    for (const Panels& range : {job.own, job.also}) {
+      const int from = range.from * kLanes, to = std::min(f.num_biases, range.to * kLanes);
+      for (int r = row; from < to && r < end; ++r) kernels->add_to(y.row(r) + from, f.bias + from, to - from);
+    }
+  const int from = job.own.from * kLanes, to = job.own.to * kLanes;
+  for (int r = row; r < end && f.kind != Finish::nothing; ++r) {
+    if (f.kind == Finish::turn) turn(f, r, from / config.head_size);
+    if (f.kind == Finish::gate) gate(r, from, to);
+    if (f.rounded.rounding == Rounding::groups) round_groups(f.rounded, *f.room, r, from, to);
+  }
+}
+
+void Model::apply(const Layer& layer, Place place, const Rows& x, const Floats2d& floats, int num_rows, const Floats2d& y, bool add,
+                  Finish finish, const Next& following) {
   const Weights& w = layer.maps[place];
   const AdapterGroup& group = layer.adapters[place];
-  const std::vector<float>& bias = layer.biases[place];
-  const Finish done = bias.empty() ? finish : [&](const Job& job, int row, int end) {
-    for (const Panels& range : {job.own, job.also}) {
-      const int from = range.from * kLanes, to = std::min((int)bias.size(), range.to * kLanes);
-      for (int r = row; from < to && r < end; ++r) kernels->add_to(y.row(r) + from, &bias[from], to - from);
-    }
-    if (finish) finish(job, row, end);
-  };
-  Product base{jobs_[place], {{&w.matrix, x, 0, num_rows, 0, add, 1.0f}}, &y, num_rows, done};
-  if (runs_.empty() || !group.a.is_set()) return multiply({base}, following);
+  const std::vector<Job>& jobs = jobs_[place];
+  if (!layer.biases[place].empty()) finish.bias = layer.biases[place].data(), finish.num_biases = (int)layer.biases[place].size();
+  Product base{jobs.data(), (int)jobs.size(), y, num_rows, finish};
+  base.put({&w.matrix, x, 0, num_rows, 0, add, 1.0f});
+  if (runs_.empty() || !group.a.is_set()) return multiply(base, nullptr, following);
 
   // beside the base the adapter's A, then what its B add to that
   const Matrix& a = group.a.matrix;
@@ -275,34 +311,31 @@ void Model::apply(const Layer& layer, Place place, const Rows& x, const Floats2d
   low_.reserve(num_adapted_, rank);
   Rows low = rows_of(low_, num_adapted_, rank, rounding(group.parts[0].b), prepared_low_);
   const bool rounds = low.rounding == Rounding::groups;
-  const Finish round = [&](const Job& job, int row, int end) {
-    for (; row < end; ++row) round_groups(low, prepared_low_, row, job.own.from * kLanes, job.own.to * kLanes);
-  };
   const Rows own = rounding(w) == rounding(group.a) ? x : prepare(floats, num_rows, a.num_inputs, rounding(group.a), prepared_other_, {});
-  const std::vector<Job> low_jobs = split(rank);
-  Product to_low{low_jobs, {}, &low_, num_adapted_, rounds ? round : Finish()};
+  if (low_jobs_.empty() || low_jobs_.back().own.to != a.num_panels) low_jobs_ = split(rank);
+  Product to_low{low_jobs_.data(), (int)low_jobs_.size(), low_, num_adapted_, {}};
+  if (rounds) to_low.finish.kind = Finish::round, to_low.finish.rounded = low, to_low.finish.room = &prepared_low_;
   int num = 0;
   for (const Run& run : runs_) {
-    to_low.terms.push_back({&a, from_row(own, run.first), num, run.count, 0, false, 1.0f});
+    to_low.put({&a, from_row(own, run.first), num, run.count, 0, false, 1.0f});
     num += run.count;
   }
-  base.finish = nullptr;
-  multiply({to_low, base}, {&group.parts[0].b.matrix, nullptr});
+  base.finish = {};
+  multiply(to_low, &base, {&group.parts[0].b.matrix});
   if (!rounds) low = prepare(low_, num_adapted_, rank, low.rounding, prepared_low_, {});
   bool is_aligned = true;
   for (const AdapterPart& part : group.parts) is_aligned = is_aligned && part.output % kLanes == 0;
   // else a panel that reaches into the next part's outputs adds zeros there: one thread does them all
-  const std::vector<Job> whole{{{0, w.matrix.num_panels + 1}}};
-  Product add_up{is_aligned ? jobs_[place] : whole, {}, &y, num_rows, done};
+  const Job whole{{0, w.matrix.num_panels + 1}};
+  Product add_up{is_aligned ? jobs.data() : &whole, is_aligned ? (int)jobs.size() : 1, y, num_rows, finish};
   for (const AdapterPart& part : group.parts) {
     num = 0;
     for (const Run& run : runs_) {
-      add_up.terms.push_back({&part.b.matrix, from_row(from_column(low, part.column), num), run.first, run.count, part.output, true,
-                              adapter_scale});
+      add_up.put({&part.b.matrix, from_row(from_column(low, part.column), num), run.first, run.count, part.output, true, adapter_scale});
       num += run.count;
     }
   }
-  multiply({add_up}, following);
+  multiply(add_up, nullptr, following);
 }
 
 // ---- one forward -----------------------------------------------------------------------------------------------------------
@@ -328,8 +361,9 @@ void Model::grow_rotations(int position) {
   num_rotations_ = wanted;
 }
 
-void Model::turn(const Layer& layer, int index, int input, int position, int head, Cache& cache) {
-  const int H = config.num_heads, G = config.num_kv_heads, K = config.head_size, half = K / 2;
+void Model::turn(const Finish& f, int input, int head) {
+  const int H = config.num_heads, G = config.num_kv_heads, K = config.head_size, half = K / 2, index = f.index, position = f.positions[input];
+  const Cache& cache = *f.cache;
   float* const own = qkv_.row(input) + (size_t)head * K;
   const int slot = slots_[input];
   if (head >= H + G) {
@@ -340,7 +374,7 @@ void Model::turn(const Layer& layer, int index, int input, int position, int hea
       kernels->store_value_f32(own, K, cache.values<float>(index, g) + (size_t)slot * cache.value_size());
     return;
   }
-  const std::vector<float>& norm = head < H ? layer.q_norm : layer.k_norm;
+  const std::vector<float>& norm = head < H ? f.layer->q_norm : f.layer->k_norm;
   if (!norm.empty()) {
     float squares = 0.0f;
     for (int k = 0; k < K; ++k) squares += own[k] * own[k];
@@ -357,52 +391,64 @@ void Model::turn(const Layer& layer, int index, int input, int position, int hea
     kernels->store_key_f32(own, K, slot % kLanes, cache.keys<float>(index, head - H) + block);
 }
 
-template <typename T>
-void Model::attend(int index, Cache& cache, const std::vector<Span>& spans, const std::function<void(int, int)>& finish) {
-  const int H = config.num_heads, K = config.head_size, shared = H / config.num_kv_heads;
-  struct Piece {
-    const Span* span;
-    int group, row, end;  // of the heads that share keys; of inputs times these heads
-  };
-  std::vector<Piece> pieces;
+void Model::gate(int row, int from, int to) {
+  kernels->silu_times(gate_up_.row(row) + from, gate_up_.row(row) + config.mlp_width + from, to - from, gated_.row(row) + from);
+}
+
+void Model::share_attention(const std::vector<Span>& spans) {
+  const int shared = config.num_heads / config.num_kv_heads;
   size_t most = 0, total = 0;
-  for (const Span& s : spans) total += (size_t)s.length * H;
+  for (const Span& s : spans) total += (size_t)s.length * config.num_heads;
   // very few queries are shared out evenly, though keys are then read again
   const int evenly = (int)(total / (threads_.count() * kTasksOfThread)), wanted = 2 * evenly < kRowsOfTask ? std::max(1, evenly) : kRowsOfTask;
+  queries_.clear();
   for (const Span& s : spans) {
     most = std::max(most, (size_t)round_up(s.cached + s.length, kLanes));
-    const int rows = s.length * shared, num = (rows + wanted - 1) / wanted;
     for (int g = 0; g < config.num_kv_heads; ++g)
-      for (int i = 0; i < num; ++i) pieces.push_back({&s, g, i * wanted, std::min(rows, (i + 1) * wanted)});
+      for (int row = 0; row < s.length * shared; row += wanted) queries_.push_back({s, g, row, std::min(s.length * shared, row + wanted)});
   }
   for (std::vector<float>& scores : scratch_)  // here, where no memory is an error that can be told
     scores.resize(std::max(scores.size(), kRowsOfTask * most));
-  const auto work = [&](int i, int thread) {
-    const auto [span, group, row, end] = pieces[i];
-    std::vector<float>& scores = scratch_[thread];
-    AttentionTask<T> task;
-    task.queries = qkv_.row(span->start) + (size_t)group * shared * K;
-    task.query_stride = qkv_.stride;
-    task.out = attended_.row(span->start) + (size_t)group * shared * K;
-    task.out_stride = attended_.stride;
-    task.num_heads = shared;
-    task.num_rows = end - row;
-    task.keys = cache.keys<T>(index, group) + (size_t)span->first_position * K;
-    task.values = cache.values<T>(index, group) + (size_t)span->first_position * cache.value_size();
-    task.head = K;
-    task.num_cached = span->cached;
-    task.num_own = span->length;
-    task.first_row = row;
-    task.visible = span->visible;
-    task.scores = scores.data();
-    if constexpr (std::is_same_v<T, float>)
-      kernels->attend_f32(task);
-    else
-      kernels->attend_f16(task);
-    if (finish)
-      for (int r = row; r < end; ++r) finish(span->start + r / shared, group * shared + r % shared);
+}
+
+template <typename T>
+void Model::attend(int index, const Cache& cache, const Rows& rounded) {
+  struct Attending {
+    Model* model;
+    int index;
+    const Cache* cache;
+    Rows rounded;
+
+    void operator()(int i, int thread) const {
+      const auto& [span, group, row, end] = model->queries_[i];
+      const int K = model->config.head_size, shared = model->config.num_heads / model->config.num_kv_heads;
+      AttentionTask<T> task;
+      task.queries = model->qkv_.row(span.start) + (size_t)group * shared * K;
+      task.query_stride = model->qkv_.stride;
+      task.out = model->attended_.row(span.start) + (size_t)group * shared * K;
+      task.out_stride = model->attended_.stride;
+      task.num_heads = shared;
+      task.num_rows = end - row;
+      task.keys = cache->keys<T>(index, group) + (size_t)span.first_position * K;
+      task.values = cache->values<T>(index, group) + (size_t)span.first_position * cache->value_size();
+      task.head = K;
+      task.num_cached = span.cached;
+      task.num_own = span.length;
+      task.first_row = row;
+      task.visible = span.visible;
+      task.scores = model->scratch_[thread].data();
+      if constexpr (std::is_same_v<T, float>)
+        model->kernels->attend_f32(task);
+      else
+        model->kernels->attend_f16(task);
+      for (int r = row; r < end && rounded.rounding == Rounding::groups; ++r) {
+        const int column = (group * shared + r % shared) * K;
+        model->round_groups(rounded, model->prepared_attended_, span.start + r / shared, column, column + K);
+      }
+    }
   };
-  threads_.run((int)pieces.size(), work);
+  const Attending work{this, index, &cache, rounded};
+  threads_.run((int)queries_.size(), work);
 }
 
 void Model::run(const int* tokens, const int* positions, int n, const std::vector<Span>& spans, Cache& cache,
@@ -425,55 +471,49 @@ void Model::run(const int* tokens, const int* positions, int n, const std::vecto
   }
   for (const Span& s : spans)
     for (int i = 0; i < s.length; ++i) slots_[s.start + i] = s.first_position + s.cached + i;
+  share_attention(spans);
   const auto normalized = [&](const std::vector<float>& weight) {
     return Fill{D, [&, w = weight.data()](int r) { kernels->rms_norm(x_.row(r), w, D, config.norm_eps, normed_.row(r)); }};
   };
   for (int index = 0; index < config.num_layers; ++index) {
     const Layer& layer = layers[index];
-    const auto next = [&](Place place) { return Next{&layer.maps[place].matrix, &jobs_[place]}; };
+    const auto next_of = [&](const Layer& of, Place place) {
+      return Next{&of.maps[place].matrix, jobs_[place].data(), (int)jobs_[place].size()};
+    };
+    const auto next = [&](Place place) { return next_of(layer, place); };
     const auto rounding_at = [&](Place place) { return rounding(layer.maps[place]); };
 
     const Rows normed = prepare(normed_, n, D, rounding_at(kQkv), prepared_, normalized(layer.attention_norm));
-    const Finish turned = [&](const Job& job, int row, int end) {
-      for (int head = job.own.from * kLanes / K; row < end; ++row) turn(layer, index, row, positions[row], head, cache);
-    };
-    apply(layer, kQkv, normed, normed_, n, qkv_, false, turns_in_job_ ? turned : Finish(), next(kOutput));
+    Finish turns;
+    turns.layer = &layer, turns.index = index, turns.positions = positions, turns.cache = &cache;
+    if (turns_in_job_) turns.kind = Finish::turn;
+    apply(layer, kQkv, normed, normed_, n, qkv_, false, turns, next(kOutput));
     if (!turns_in_job_)
       each_row(n, (H + 2 * G) * K, [&](int i) {
-        for (int head = 0; head < H + 2 * G; ++head) turn(layer, index, i, positions[i], head, cache);
+        for (int head = 0; head < H + 2 * G; ++head) turn(turns, i, head);
       });
 
     Rows attended = rows_of(attended_, n, q, rounding_at(kOutput), prepared_attended_);
     const bool rounds_heads = attended.rounding == Rounding::groups && K % kGroup == 0;
-    const auto rounded = [&](int row, int head) { round_groups(attended, prepared_attended_, row, head * K, (head + 1) * K); };
-    const std::function<void(int, int)> finish = rounds_heads ? rounded : std::function<void(int, int)>();
     if (cache.is_half())
-      attend<uint16_t>(index, cache, spans, finish);
+      attend<uint16_t>(index, cache, rounds_heads ? attended : Rows());
     else
-      attend<float>(index, cache, spans, finish);
+      attend<float>(index, cache, rounds_heads ? attended : Rows());
     if (!rounds_heads) attended = prepare(attended_, n, q, attended.rounding, prepared_attended_, {});
     apply(layer, kOutput, attended, attended_, n, x_, true, {}, next(kGateUp));
 
     const Rows again = prepare(normed_, n, D, rounding_at(kGateUp), prepared_, normalized(layer.mlp_norm));
     Rows gated = rows_of(gated_, n, I, rounding_at(kDown), prepared_gated_);
     const bool rounds_gated = gates_in_job_ && gated.rounding == Rounding::groups;
-    const auto gate = [&](int row, int from, int to) {
-      kernels->silu_times(gate_up_.row(row) + from, gate_up_.row(row) + I + from, to - from, gated_.row(row) + from);
-    };
-    const Finish gates = [&](const Job& job, int row, int end) {
-      const int from = job.own.from * kLanes, to = job.own.to * kLanes;
-      for (; row < end; ++row) {
-        gate(row, from, to);
-        if (rounds_gated) round_groups(gated, prepared_gated_, row, from, to);
-      }
-    };
-    apply(layer, kGateUp, again, normed_, n, gate_up_, false, gates_in_job_ ? gates : Finish(), next(kDown));
+    Finish gates;
+    if (gates_in_job_) gates.kind = Finish::gate;
+    if (rounds_gated) gates.rounded = gated, gates.room = &prepared_gated_;
+    apply(layer, kGateUp, again, normed_, n, gate_up_, false, gates, next(kDown));
     // an exponential costs about four times a plain number
     const Fill fill = gates_in_job_ ? Fill{} : Fill{4 * I, [&](int r) { gate(r, 0, I); }};
     if (!rounds_gated) gated = prepare(gated_, n, I, gated.rounding, prepared_gated_, fill);
     const bool is_last = index + 1 == config.num_layers;
-    apply(layer, kDown, gated, gated_, n, x_, true, {},
-          is_last ? Next{&head_weights().matrix, nullptr} : Next{&layers[index + 1].maps[kQkv].matrix, &jobs_[kQkv]});
+    apply(layer, kDown, gated, gated_, n, x_, true, {}, is_last ? Next{&head_weights().matrix} : next_of(layers[index + 1], kQkv));
   }
   final_.reserve(1, D);
   for (size_t i = 0; i < asked.size(); ++i) {

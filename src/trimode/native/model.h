@@ -142,11 +142,13 @@ class Model {
 
  private:
   struct Floats2d {
-    std::vector<float> memory;
     float* values = nullptr;
     size_t stride = 0;
-    void reserve(int rows, int columns);
     float* row(int r) const { return values + (size_t)r * stride; }
+  };
+  struct Room : Floats2d {
+    std::vector<float> memory;
+    void reserve(int rows, int columns);
   };
   struct Prepared {  // rows as a product wants them
     std::vector<int8_t> quantized;
@@ -171,19 +173,47 @@ class Model {
     bool add;
     float scale;
   };
-  // what a thread does with a job's outputs in rows [row, end)
-  using Finish = std::function<void(const Job&, int row, int end)>;
-  struct Product {
-    const std::vector<Job>& jobs;
-    std::vector<Term> terms;
-    Floats2d* y;
-    int num_rows;
-    Finish finish;
+  // What the thread that made a job's outputs does with them. Plain values: they travel with the job.
+  struct Finish {
+    enum Kind { nothing, turn, gate, round } kind = nothing;
+    Rows rounded;  // of groups: to be rounded in the end
+    Prepared* room = nullptr;
+    const float* bias = nullptr;
+    int num_biases = 0;
+    const Layer* layer = nullptr;
+    int index = 0;
+    const int* positions = nullptr;
+    const Cache* cache = nullptr;
   };
+  struct Product {
+    const Job* jobs = nullptr;
+    int num_jobs = 0;
+    Floats2d y;
+    int num_rows = 0;
+    Finish finish;
+    int num_terms = 0;
+    Term few[3];
+    std::vector<Term> many;
+    const Term* terms() const { return many.empty() ? few : many.data(); }
+    void put(const Term& t) {
+      if (num_terms >= 3 && many.empty()) many.assign(few, few + 3);
+      if (num_terms < 3)
+        few[num_terms] = t;
+      else
+        many.push_back(t);
+      ++num_terms;
+    }
+  };
+  struct Multiplying;
   // The product after this one, whose weights are fetched meanwhile.
   struct Next {
     const Matrix* matrix = nullptr;
-    const std::vector<Job>* jobs = nullptr;
+    const Job* jobs = nullptr;
+    int num_jobs = 0;
+  };
+  struct Queries {  // of heads that share keys: row r is head r % num_heads of input r / num_heads
+    Span span;
+    int group, row, end;
   };
   struct Run {  // adapted inputs that follow one another
     int first, count;
@@ -205,29 +235,29 @@ class Model {
   // numbers [from, to) of a row, whole groups
   void round_groups(const Rows& rows, Prepared& room, int row, int from, int to);
   Rows prepare(const Floats2d& x, int num_rows, int num_inputs, Rounding rounding, Prepared& room, const Fill& fill);
-  void multiply(const std::vector<Product>& products, const Next& following);
+  void multiply(const Product& first, const Product* second, const Next& following);
+  void finish(const Finish& f, const Floats2d& y, const Job& job, int row, int end);
   // y = a map of x, or y plus it, adapters and biases included. floats: x as it was before it was rounded
-  void apply(const Layer& layer, Place place, const Rows& x, const Floats2d& floats, int num_rows, Floats2d& y, bool add,
-             const Finish& finish, const Next& following);
+  void apply(const Layer& layer, Place place, const Rows& x, const Floats2d& floats, int num_rows, const Floats2d& y, bool add,
+             Finish finish, const Next& following);
   void each_row(int num_rows, int per_row_cost, const std::function<void(int)>& work);
   // A head of an input: a query or key is normalised and rotated, a key or value is written to the cache.
-  void turn(const Layer& layer, int index, int input, int position, int head, Cache& cache);
-  // finish: what the thread that made a head's output does with it
+  void turn(const Finish& f, int input, int head);
+  void gate(int row, int from, int to);
+  void share_attention(const std::vector<Span>& spans);
+  // rounded: rows of groups to be rounded by the thread that made them, or of none
   template <typename T>
-  void attend(int index, Cache& cache, const std::vector<Span>& spans, const std::function<void(int input, int head)>& finish);
+  void attend(int index, const Cache& cache, const Rows& rounded);
   void grow_rotations(int position);
   void score_again(const float* hidden, int before, const int* tokens, int count, float* scores);
 
   Threads threads_;
-  Floats2d x_, normed_, qkv_, attended_, gate_up_, gated_, low_, final_, both_, inner_, changed_;
+  Room x_, normed_, qkv_, attended_, gate_up_, gated_, low_, final_, both_, inner_, changed_;
   Prepared prepared_, prepared_attended_, prepared_gated_, prepared_low_, prepared_other_, prepared_final_;
   std::vector<Job> jobs_[kPlaces];
   bool turns_in_job_ = false, gates_in_job_ = false;  // whether heads, or groups of gated numbers, are whole panels
-  struct Chunk {
-    const Product* product;
-    const Job* job;
-  };
-  std::vector<Chunk> order_;
+  std::vector<Job> low_jobs_;
+  std::vector<Queries> queries_;
   std::vector<Run> runs_;
   int num_adapted_ = 0;
   std::vector<float> cosines_, sines_, query_scales_;

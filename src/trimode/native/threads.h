@@ -44,7 +44,7 @@ class Threads {
       return;
     }
     run_shared([](void* context, int chunk, int thread) { (*static_cast<std::remove_reference_t<Work>*>(context))(chunk, thread); },
-               const_cast<void*>(static_cast<const void*>(&work)), num_chunks);
+               const_cast<void*>(static_cast<const void*>(&work)), (int)sizeof(work), num_chunks);
   }
 
  private:
@@ -65,11 +65,12 @@ class Threads {
     // read before a chunk is taken, and valid if taking it succeeds
     std::atomic<Call> call{nullptr};
     std::atomic<void*> context{nullptr};
+    std::atomic<int> size{0};  // of what it points to
   };
 
   void begin();
   void end();
-  void run_shared(Call call, void* context, int num_chunks);
+  void run_shared(Call call, void* context, int size, int num_chunks);
   void work(int thread);
   bool take_one(Share& share, int thread);
   void work_on(int thread, Helpers* helpers);
