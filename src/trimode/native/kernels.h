@@ -115,6 +115,7 @@ struct Kernels {
   void (*attend_f32)(const AttentionTask<float>&);
   void (*attend_f16)(const AttentionTask<uint16_t>&);
   float (*greatest_but)(const float* x, int size, int but);  // the one at `but` left out
+  int (*next_above)(const float* x, int from, int size, float least);  // the first place from `from` on of what is greater; size: none
   float (*sum_exp)(const float* x, int size, float maximum);  // of e^(x - maximum)
 };
 

@@ -541,6 +541,18 @@ float greatest_but(const float* x, int size, int but) {
   return other > most ? other : most;
 }
 
+int next_above(const float* x, int from, int size, float least) {
+  constexpr int kStride = 4 * kLanes;
+  int i = from;
+  for (; i + kStride <= size; i += kStride) {
+    const Floats most = max(max(load(x + i), load(x + i + kLanes)), max(load(x + i + 2 * kLanes), load(x + i + 3 * kLanes)));
+    if (greatest(most) > least) break;
+  }
+  for (; i < size; ++i)
+    if (x[i] > least) return i;
+  return size;
+}
+
 float sum_exp(const float* x, int size, float maximum) {
   const Floats most = all(maximum);
   Floats total = zero();
@@ -557,7 +569,7 @@ float sum_exp(const float* x, int size, float maximum) {
 const Kernels kKernels = {
     TRIMODE_NAME,       multiply,          quantize,           quantize_digits,      rms_norm,          silu_times,
     add_to,             rotate,             store_key<float>,  store_key<uint16_t>, store_value<float>,  store_value<uint16_t>,
-    attend<float>,      attend<uint16_t>,  greatest_but,       sum_exp,
+    attend<float>,      attend<uint16_t>,  greatest_but,       next_above,          sum_exp,
 };
 
 }  // namespace

@@ -249,7 +249,11 @@ class Model {
   template <typename T>
   void attend(int index, const Cache& cache, const Rows& rounded);
   void grow_rotations(int position);
-  void score_again(const float* hidden, int before, const int* tokens, int count, float* scores);
+  // rows of y = w x, panels [from, to), in floats
+  void times(const Weights& w, const Floats2d& x, int row, int num_rows, const Floats2d& y, int from, int to);
+  void begin_to_score(const float* hidden, int num);
+  // of the likeliest tokens of mask `mask` of `num`, behind the token `before`
+  void score_again(const float* hidden, int mask, int num, int before, const int* tokens, int count, float* scores);
 
   Threads threads_;
   Room x_, normed_, qkv_, attended_, gate_up_, gated_, low_, final_, both_, inner_, changed_;

@@ -11,11 +11,15 @@ namespace {
 constexpr float kEpsilon = 1.1920929e-7f;  // what PyTorch adds to a mean square unless told otherwise
 
 // the places of the `count` greatest values, but for one; the greatest first, and of equals the first
-void greatest(const float* values, int size, int but, int count, int* places) {
+void greatest(const Kernels& kernels, const float* values, int size, int but, int count, int* places) {
   const auto is_before = [values](int a, int b) { return values[a] > values[b] || (values[a] == values[b] && a < b); };
   int num = 0;
   for (int i = 0; i < size; ++i) {
-    if (i == but || (num == count && !(values[i] > values[places[0]]))) continue;
+    if (num == count) {
+      i = kernels.next_above(values, i, size, values[places[0]]);
+      if (i == size) break;
+    }
+    if (i == but) continue;
     if (num == count) {
       std::pop_heap(places, places + num, is_before);
       --num;
@@ -40,32 +44,42 @@ float dot(const float* a, const float* b, int size) {
 
 }  // namespace
 
-void Model::score_again(const float* hidden, int before, const int* tokens, int count, float* scores) {
+void Model::times(const Weights& w, const Floats2d& x, int row, int num_rows, const Floats2d& y, int from, int to) {
+  Rows rows;
+  rows.values = x.row(row);
+  rows.stride = x.stride;
+  kernels->multiply(w.matrix, from, to, rows, num_rows, {y.row(row), y.stride, false, 1.0f}, {});
+}
+
+// What a successor makes of hidden states alone: a part of each mask's inner numbers, in `inner_`.
+void Model::begin_to_score(const float* hidden, int num) {
+  const Matrix& w = successor.from_hidden.matrix;
+  ones_.resize(round_up(config.width, kLanes), 1.0f);
+  both_.reserve(num + 1, config.width);
+  inner_.reserve(num + 1, w.num_outputs);
+  changed_.reserve(1, config.width);
+  for (std::vector<float>& row : scratch_) row.resize(std::max(row.size(), (size_t)config.width));
+  for (int j = 0; j < num; ++j) {
+    std::memcpy(both_.row(j), hidden + (size_t)j * config.width, (size_t)config.width * 4);
+    kernels->rms_norm(both_.row(j), ones_.data(), config.width, kEpsilon, both_.row(j));
+  }
+}
+
+void Model::score_again(const float* hidden, int mask, int num, int before, const int* tokens, int count, float* scores) {
   const Successor& s = successor;
   const int D = config.width, R = s.from_hidden.matrix.num_outputs;
   const Weights& head = head_weights();
-  ones_.resize(round_up(D, kLanes), 1.0f);
-  both_.reserve(2, D);
-  inner_.reserve(2, R);
-  changed_.reserve(1, D);
-  std::memcpy(both_.row(0), hidden, (size_t)D * 4);
-  unpack_row(embedding.matrix, before, both_.row(1));
-  for (int i : {0, 1}) kernels->rms_norm(both_.row(i), ones_.data(), D, kEpsilon, both_.row(i));
-  const auto times = [&](const Weights& w, Floats2d& x, int row, Floats2d& y, int to) {
-    Rows rows;
-    rows.values = x.row(row);
-    rows.stride = x.stride;
-    kernels->multiply(w.matrix, 0, w.matrix.num_panels, rows, 1, {y.row(to), y.stride, false, 1.0f}, {});
-  };
-  times(s.from_hidden, both_, 0, inner_, 0);
-  times(s.from_before, both_, 1, inner_, 1);
+  unpack_row(embedding.matrix, before, both_.row(num));
+  kernels->rms_norm(both_.row(num), ones_.data(), D, kEpsilon, both_.row(num));
+  times(s.from_before, both_, num, 1, inner_, 0, s.from_before.matrix.num_panels);
   for (int r = 0; r < R; ++r) {
-    const float x = inner_.row(0)[r] + inner_.row(1)[r];
-    inner_.row(0)[r] = x / (1.0f + std::exp(-x));
+    const float x = inner_.row(mask)[r] + inner_.row(num)[r];
+    inner_.row(mask)[r] = x / (1.0f + std::exp(-x));
   }
-  times(s.outer, inner_, 0, changed_, 0);
-  for (int d = 0; d < D; ++d) changed_.row(0)[d] += hidden[d];
-  for (std::vector<float>& row : scratch_) row.resize(std::max(row.size(), (size_t)D));
+  Floats2d changed = changed_;
+  changed.values -= (size_t)mask * changed.stride;
+  times(s.outer, inner_, mask, 1, changed, 0, s.outer.matrix.num_panels);
+  for (int d = 0; d < D; ++d) changed_.row(0)[d] += hidden[(size_t)mask * D + d];
   threads_.run(count, [&](int i, int thread) {
     unpack_row(head.matrix, tokens[i], scratch_[thread].data());
     scores[i] = dot(scratch_[thread].data(), changed_.row(0), D);
@@ -74,8 +88,10 @@ void Model::score_again(const float* hidden, int before, const int* tokens, int 
 
 void Model::rescore(const float* hidden, const float* logits, int before, int but, int count, int* tokens, float* scores) {
   const Threads::Awake awake(threads_);
-  greatest(logits, config.vocab_size, but, count, tokens);
-  score_again(hidden, before, tokens, count, scores);
+  greatest(*kernels, logits, config.vocab_size, but, count, tokens);
+  begin_to_score(hidden, 1);
+  times(successor.from_hidden, both_, 0, 1, inner_, 0, successor.from_hidden.matrix.num_panels);
+  score_again(hidden, 0, 1, before, tokens, count, scores);
 }
 
 void Model::draft(const float* hidden, int num, const float* logits, size_t stride, int before, int but, int count, int* drafts,
@@ -84,17 +100,20 @@ void Model::draft(const float* hidden, int num, const float* logits, size_t stri
   const int V = config.vocab_size;
   std::vector<int> likely((size_t)num * count);
   std::vector<float> maxima(num), sums(num), scores(count);
-  threads_.run(num, [&](int j, int) {
+  begin_to_score(hidden, num);
+  const int num_panels = successor.from_hidden.matrix.num_panels;
+  threads_.run(num + num_panels, [&](int j, int) {
+    if (j >= num) return times(successor.from_hidden, both_, 0, num, inner_, j - num, j - num + 1);
     const float* row = logits + (size_t)j * stride;
     int* const tokens = &likely[(size_t)j * count];
-    greatest(row, V, but, count, tokens);
+    greatest(*kernels, row, V, but, count, tokens);
     maxima[j] = but >= 0 ? std::max(row[tokens[0]], row[but]) : row[tokens[0]];
     sums[j] = kernels->sum_exp(row, V, maxima[j]);
   });
   for (int j = 0; j < num; ++j) {
     const int* tokens = &likely[(size_t)j * count];
     const float* row = logits + (size_t)j * stride;
-    score_again(hidden + (size_t)j * config.width, before, tokens, count, scores.data());
+    score_again(hidden, j, num, before, tokens, count, scores.data());
     const int best = (int)(std::max_element(scores.begin(), scores.end()) - scores.begin());
     // of all tokens' exponentials those of the candidates are exchanged
     const double maximum = std::max(maxima[j], scores[best]);
