@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests.worlds import random_lora, tiny_model
 from trimode.decoding.auto import Auto
 from trimode.decoding.interface import Choice
+from trimode.decoding.lookup import Match
 from trimode.engine import cost
 from trimode.engine.cost import (
     REPEATS,
@@ -23,7 +24,7 @@ from trimode.engine.cost import (
     measure_cost,
 )
 
-CHOICES = [Choice("ar"), *(Choice(kind, n) for kind in ("linear", "quadratic") for n in (2, 3, 5, 8))]
+CHOICES = [Choice("ar"), *(Choice(kind, n) for kind in ("linear", "quadratic", "lookup") for n in (2, 3, 5, 8))]
 FLAT = CostTable(num_inputs=(1, 64, 128), causal_s=(1.0, 1.05, 1.1), drafting_s=(1.0, 1.05, 1.1))
 STEEP = CostTable(num_inputs=(1, 2, 128), causal_s=(1.0, 2.0, 128.0), drafting_s=(1.0, 2.0, 128.0))
 BENT = CostTable(num_inputs=(1, 8, 128), causal_s=(1.0, 1.1, 16.0), drafting_s=(1.0, 1.1, 16.0))
@@ -36,7 +37,7 @@ class AnyChoice:
         self._random = random.Random(seed)
         self.notes = []
 
-    def choose(self, g, num_sharing):
+    def choose(self, g, num_sharing, match):
         return self._random.choice(CHOICES)
 
     def note(self, g, num_drafted, num_accepted):
@@ -74,7 +75,7 @@ def test_whatever_is_chosen_a_greedy_answer_is_that_of_ar(model, seed, prompts):
 
 def chosen(table, rate, num_sharing=1, first_is_exact=False):
     chooser = MeasuredChooser(table, has_adapter=True, first_is_exact=first_is_exact)
-    return chooser._best(Acceptance(rate), None, num_sharing, 0)
+    return chooser._best(Acceptance(rate), None, num_sharing, 0)[0]
 
 
 def test_where_width_costs_nothing_good_drafts_are_verified_and_drafted_in_one_forward():
@@ -112,7 +113,8 @@ def test_the_choice_promises_at_least_what_ar_does(rate, seconds, num_sharing, e
     table = CostTable(num_inputs=(1, 8, 64), causal_s=rising, drafting_s=rising)
     chooser = MeasuredChooser(table, has_adapter=True, first_is_exact=exact)
     speeds = chooser.speeds(Acceptance(rate), None, num_sharing)
-    assert speeds[chooser._best(Acceptance(rate), None, num_sharing, 0)] >= speeds[Choice("ar")]
+    choice, promised = chooser._best(Acceptance(rate), None, num_sharing, 0)
+    assert promised == speeds[choice] >= speeds[Choice("ar")]
 
 
 def settled(table, rate, seen):
@@ -122,7 +124,7 @@ def settled(table, rate, seen):
     for (drafting, num_inputs), seconds in seen.items():
         for _ in range(200):
             chooser.note_cost(drafting, num_inputs, 0, seconds)
-    return chooser._best(Acceptance(rate), None, 1, 0)
+    return chooser._best(Acceptance(rate), None, 1, 0)[0]
 
 
 def test_where_forwards_take_longer_than_the_table_says_the_choice_follows_them():
@@ -155,7 +157,7 @@ def test_forwards_of_others_and_prompts_are_no_measure_and_all_others_are():
     noted = []
 
     class Noting(AnyChoice):
-        def choose(self, g, num_sharing):
+        def choose(self, g, num_sharing, match):
             return Choice("ar")
 
         def note_cost(self, drafting, num_inputs, context, seconds):
@@ -233,7 +235,7 @@ def test_a_trial_lasts_until_a_draft_is_verified(kind, monkeypatch):
     chooser = MeasuredChooser(FLAT, has_adapter=True, first_is_exact=False)
     # drafting promises less than ar, and enough to be tried
     monkeypatch.setattr(
-        chooser, "_best", lambda *a: Choice(kind, 3) if len(a) == 5 and a[-1] == cost.NEARLY else Choice("ar")
+        chooser, "_best", lambda *a: (Choice(kind, 3) if len(a) == 5 and a[-1] == cost.NEARLY else Choice("ar"), 1e9)
     )
     verified = []
     monkeypatch.setattr(
@@ -261,7 +263,7 @@ def test_who_drafts_sees_what_ar_costs_once_in_a_while():
 def test_behind_a_long_context_a_block_costs_more():
     table = CostTable(num_inputs=(1, 8, 128), causal_s=(1.0, 1.1, 16.0), drafting_s=(1.0, 1.1, 16.0), position_s=0.001)
     chooser = MeasuredChooser(table, has_adapter=True, first_is_exact=False)
-    lengths = [chooser._best(Acceptance(0.9), None, 1, context).block_length for context in (0, 1000, 100_000)]
+    lengths = [chooser._best(Acceptance(0.9), None, 1, context)[0].block_length for context in (0, 1000, 100_000)]
     assert lengths == sorted(lengths, reverse=True)
     assert lengths[0] > lengths[-1] == 1
 
@@ -369,3 +371,47 @@ def test_forwards_that_take_long_are_measured_fewer_times(monkeypatch, size_s, t
     kinds = 1 if counted.config.mask_token_id is None else 2
     position = 1 + 2 * REPEATS.start
     assert counted.num == 1 + times * kinds * len(table.num_inputs) + position
+
+
+MATCH = Match(3, 1)
+
+
+def rounds(chooser, g, num, accept):
+    """Choices of so many rounds in which the text always suggests something; accept: of how many drafts how many."""
+    choices = []
+    for _ in range(num):
+        g.choice = chooser.choose(g, 1, MATCH)
+        choices.append(g.choice)
+        if g.choice.kind != "ar":
+            drafted = g.choice.block_length - 1
+            chooser.note(g, drafted, min(drafted, accept) if g.choice.kind == "lookup" else 0)
+    return choices
+
+
+def test_what_the_text_suggests_is_verified_while_it_is_right_and_forwards_are_cheap():
+    chooser = MeasuredChooser(BENT, has_adapter=True, first_is_exact=False)
+    g = tiny_model(3).open_answer([5], {"mode": "self_spec"}).generation
+    chooser.costs  # noqa: B018  measured before the first token
+    right = rounds(chooser, g, 60, accept=99)
+    assert {choice.kind for choice in right[-10:]} == {"lookup"}
+    assert 6 <= right[-1].block_length <= 10  # where the curve bends
+    wrong = rounds(chooser, g, 200, accept=0)
+    assert wrong[-1].block_length <= 2
+    # another text's matches are not this one's, and those of another length neither
+    other = tiny_model(3).open_answer([5], {"mode": "self_spec"}).generation
+    assert chooser._best_quote(other, Match(2, 1), 1, 0)[0].block_length > 2
+
+
+def test_where_every_input_costs_as_much_as_a_forward_nothing_is_looked_up():
+    chooser = MeasuredChooser(STEEP, has_adapter=True, first_is_exact=False)
+    g = tiny_model(3).open_answer([5], {"mode": "self_spec"}).generation
+    assert {choice.kind for choice in rounds(chooser, g, 30, accept=99)} == {"ar"}
+
+
+def test_lookups_tell_nothing_of_the_block_views_drafts():
+    chooser = MeasuredChooser(BENT, has_adapter=True, first_is_exact=False)
+    g = tiny_model(3).open_answer([5], {"mode": "self_spec"}).generation
+    before = chooser.speeds(chooser._each.setdefault(g, Acceptance()), chooser._all, 1)
+    rounds(chooser, g, 60, accept=99)
+    after = chooser.speeds(chooser._each[g], chooser._all, 1)
+    assert before == after

@@ -13,7 +13,7 @@ from trimode.decoding.interface import Rows
 from trimode.decoding.sampling import adjusted, pick, truncated_distribution, uniform, verify
 from trimode.engine.request import Request
 
-KINDS = ("linear", "quadratic")
+KINDS = ("linear", "quadratic", "lookup")
 
 
 @settings(max_examples=60, deadline=None)
@@ -115,6 +115,8 @@ def enumerate_autoregression(model, prompt, length, temperature, top_k=0, top_p=
         ("quadratic", {}, None, 0),
         ("quadratic", {"top_k": 3}, None, 0),
         ("quadratic", {"top_k": 3}, None, 4),
+        ("lookup", {}, None, 0),
+        ("lookup", {"top_k": 3}, None, 0),
     ],
 )
 def test_sampled_self_speculation_has_the_autoregressive_distribution(kind, truncation, threshold, successor):
@@ -126,7 +128,8 @@ def test_sampled_self_speculation_has_the_autoregressive_distribution(kind, trun
         shape |= {"block_predicts": "next", "known_tokens_are_causal": True, "adapter_acts_on": "masks"}
         lora = random_lora(tiny_config(**shape), successor=successor)
     model = tiny_model(3, weight_scale=0.25, lora=lora, **shape)
-    prompt, length, temperature = [1, 4], 3, 1.0
+    # the text suggests something from the first token on
+    prompt, length, temperature = [1, 4, 2, 1, 4] if kind == "lookup" else [1, 4], 3, 1.0
     exact = enumerate_autoregression(model, prompt, length, temperature, **truncation)
     assert math.isclose(sum(exact.values()), 1.0, abs_tol=1e-6)
     total = 4000

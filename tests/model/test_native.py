@@ -120,8 +120,8 @@ def test_float32_logits_are_those_of_torch_in_every_view(case, adapter, kernels)
 
 
 # Relative distance of all logits of a view. Random weights of this size turn softmaxes around: what they were seen to make of the
-# rounding of bfloat16 (2^-9) was at most 0.024, of int8's (1/254 of the greatest of 32 weights or activations) 0.124, and of an adapter's in
-# 4 bits 0.45. That a product is exactly what its format says is another test's business.
+# rounding of bfloat16 (2^-9) was at most 0.024, of int8's (1/254 of the greatest of 32 weights or activations) 0.124, and of an
+# adapter's in 4 bits 0.45. That a product is exactly what its format says is another test's business.
 TOLERANCE = {"bfloat16": 0.05, "int8": 0.25}
 ADAPTED = 0.6
 

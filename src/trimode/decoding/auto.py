@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from trimode.decoding.autoregressive import Autoregressive
-from trimode.decoding.interface import Choice, Generation, Outcome, Predictions, Step, Traits
+from trimode.decoding.interface import Choice, Generation, OneByOne, Outcome, Predictions, Step, Traits
+from trimode.decoding.lookup import LookupSelfSpeculation, Match
 from trimode.decoding.self_speculation import LinearSelfSpeculation, QuadraticSelfSpeculation
 from trimode.decoding.settings import Settings
 
@@ -22,8 +23,9 @@ LARGEST_STEP = 96
 class Chooser(Protocol):
     """Knows costs, and learns how many drafts are accepted."""
 
-    def choose(self, g: Generation, num_sharing: int) -> Choice:
-        """How a generation goes on that shares its forwards with `num_sharing` - 1 others."""
+    def choose(self, g: Generation, num_sharing: int, match: Match | None) -> Choice:
+        """How a generation goes on that shares its forwards with `num_sharing` - 1 others. match: where its text read before as it ends
+        now."""
         ...
 
     def note(self, g: Generation, num_drafted: int, num_accepted: int) -> None:
@@ -41,11 +43,12 @@ class Auto:
 
     def __init__(self, chooser: Chooser) -> None:
         self._chooser = chooser
-        self._linear, self._quadratic = LinearSelfSpeculation(), QuadraticSelfSpeculation()
-        self._kinds: dict[str, Autoregressive | LinearSelfSpeculation | QuadraticSelfSpeculation] = {
+        self._lookup = LookupSelfSpeculation()
+        self._kinds: dict[str, OneByOne] = {
             "ar": Autoregressive(),
-            "linear": self._linear,
-            "quadratic": self._quadratic,
+            "linear": LinearSelfSpeculation(),
+            "quadratic": QuadraticSelfSpeculation(),
+            "lookup": self._lookup,
         }
 
     def plan(self, generations: Sequence[Generation]) -> list[Step]:
@@ -53,7 +56,7 @@ class Auto:
 
     def _plan_one(self, g: Generation, num_sharing: int) -> Step:
         if g.choice is None or _is_between_rounds(g):
-            choice = self._chooser.choose(g, num_sharing)
+            choice = self._chooser.choose(g, num_sharing, self._lookup.match(g))
             if choice.kind != "quadratic":
                 # what was drafted ahead is let go; the last final token leads whatever comes next
                 g.canvas, g.state = [], None

@@ -195,7 +195,7 @@ class Choice:
     """What `auto` chose for a round."""
 
     kind: str
-    """ar, linear or quadratic."""
+    """ar, linear, quadratic or lookup."""
     block_length: int = 1
 
     def __str__(self) -> str:

@@ -25,7 +25,7 @@ from trimode.decoding.settings import Settings
 from trimode.decoding.unmasking import POLICIES, Candidates
 from trimode.model.views import BlockOverCausal, Causal, VerifyAndPredraft
 
-__all__ = ["Draft", "LinearSelfSpeculation", "QuadraticSelfSpeculation"]
+__all__ = ["Draft", "LinearSelfSpeculation", "QuadraticSelfSpeculation", "one_token", "verified"]
 
 
 @dataclass(slots=True)
@@ -63,32 +63,32 @@ class LinearSelfSpeculation(OneByOne):
 
     def absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Outcome:
         if g.state is None:
-            return _one_token(g, predictions.after, len(step.tokens))
+            return one_token(g, predictions.after, len(step.tokens))
         draft: Draft = g.state
         if step.at:
             _fill_draft(g, draft, predictions.at)
             return Outcome()
         if g.traits.mask_token_id in g.canvas:
             num_known = step.view.num_causal(len(step.tokens))
-            outcome = _one_token(g, predictions.after[:1], num_known)
+            outcome = one_token(g, predictions.after[:1], num_known)
             _fill_draft(g, draft, predictions.after[1:], *outcome.committed)
             return outcome
         committed = verify(g.canvas, draft.q, predictions.after, g)
         g.canvas, g.state = [], None
         # the bonus token is final but not cached: it leads the next draft
-        return _verified(g, committed, predictions.after)
+        return verified(g, committed, predictions.after)
 
     def num_scratch(self, settings: Settings, traits: Traits) -> int:
         return settings.block_length or traits.block_length
 
 
-def _one_token(g: Generation, row: Rows, kept: int) -> Outcome:
+def one_token(g: Generation, row: Rows, kept: int) -> Outcome:
     """A step that ends with one token of the causal view, unless it is a draft's too."""
     token = next_token(row, g)
     return Outcome(committed=(token,), kept=kept, logprobs=token_logprobs((token,), row, g))
 
 
-def _verified(g: Generation, committed: list[int], rows: Rows) -> Outcome:
+def verified(g: Generation, committed: list[int], rows: Rows) -> Outcome:
     """What a verification made final: the drafts that it accepted and one more."""
     return Outcome(
         committed=tuple(committed),
@@ -183,18 +183,18 @@ class QuadraticSelfSpeculation(OneByOne):
     def absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Outcome:
         num_known = step.view.num_causal(len(step.tokens))
         if num_known == len(step.tokens):
-            return _one_token(g, predictions.after, num_known)
+            return one_token(g, predictions.after, num_known)
         num_verified = 1 if g.state is None else num_known
         drafts = predictions.after[num_verified:] if g.traits.first_is_exact else predictions.at
         if g.state is None:
-            outcome = _one_token(g, predictions.after[:1], num_known)
+            outcome = one_token(g, predictions.after[:1], num_known)
             self._set_draft(g, drafts, outcome.committed)
             return outcome
         draft: Draft = g.state
         committed = verify(g.canvas, draft.q, predictions.after[:num_verified], g)
         num_accepted = len(committed) - 1
         per_group = length_of_block(g) - 1
-        outcome = _verified(g, committed, predictions.after)
+        outcome = verified(g, committed, predictions.after)
         self._set_draft(g, drafts[num_accepted * per_group : (num_accepted + 1) * per_group], outcome.committed)
         return outcome
 

@@ -29,7 +29,7 @@ LEAST_TEMPERATURE = 1e-4
 LEAST_PENALTY = 0.01
 LONGEST_QUADRATIC_BLOCK = 64
 """A quadratic round has B * (B + 1) inputs: 4,160 at 64."""
-SELF_SPEC_KINDS = ("linear", "quadratic")
+SELF_SPEC_KINDS = ("linear", "quadratic", "lookup")
 
 _MODE_ALIASES = {"dlm": "diffusion", "linear_spec": "self_spec"}
 _KNOB_ALIASES = {"block_size": "block_length", "remasking": "unmasking"}
@@ -86,7 +86,8 @@ class Settings:
     max_post_steps: int = 0
     """Extra passes that only revise, after a block is full."""
     self_spec_kind: str = "linear"
-    """`linear`: draft, then verify. `quadratic`: verify and draft ahead in one forward."""
+    """`linear`: draft, then verify. `quadratic`: verify and draft ahead in one forward. `lookup`: verify what the text itself
+    suggests."""
     draft_lora: bool | None = None
     """Use the checkpoint's draft adapter; None: if there is one."""
     end_think_token_id: int | None = None
@@ -244,8 +245,10 @@ def _check_effect(name: str, s: Settings) -> None:
         )
     if name == "threshold" and s.threshold is not None and s.unmasking in ("fixed", "entropy_bound", "random"):
         raise SettingError(f"threshold has no effect with unmasking={s.unmasking!r}. Leave one of them out.")
-    if name == "threshold" and s.threshold is not None and s.self_spec_kind == "quadratic":
-        raise SettingError("threshold has no effect with self_spec_kind='quadratic'. Leave one of them out.")
+    if name == "threshold" and s.threshold is not None and s.self_spec_kind != "linear":
+        raise SettingError(f"threshold has no effect with self_spec_kind={s.self_spec_kind!r}. Leave one of them out.")
+    if name == "draft_lora" and s.draft_lora and s.self_spec_kind == "lookup":
+        raise SettingError("draft_lora has no effect with self_spec_kind='lookup'. Leave one of them out.")
     if name == "end_think_token_id" and s.end_think_token_id is not None and s.max_thinking_tokens is None:
         raise SettingError("end_think_token_id has no effect without max_thinking_tokens. Set both, or neither.")
     if name in ("top_p", "top_k", "min_p") and s.temperature == 0 and getattr(s, name) != getattr(Settings(), name):

@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 
 from trimode.decoding.auto import LARGEST_STEP
 from trimode.decoding.interface import Choice, Generation
+from trimode.decoding.lookup import Match
 from trimode.device import processor
 from trimode.model.attention import Span
 from trimode.model.config import ModelConfig
@@ -40,6 +41,8 @@ REPEATS = range(3, 8)
 SIZE_S = 0.1
 LENGTHS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
 """Block lengths that are considered."""
+LONGEST_QUOTE = 16
+"""Inputs of a verification of what the text itself suggests, at most."""
 ENOUGH = 1.05
 """A choice must promise this much over `ar`: estimates are never better than that."""
 FIRST_PROBE, PROBE_EVERY = 4, 48
@@ -358,8 +361,13 @@ class MeasuredChooser:
         self._first_is_exact = first_is_exact
         self._all = Acceptance()
         self._each: WeakKeyDictionary[Generation, Acceptance] = WeakKeyDictionary()
-        self._last: WeakKeyDictionary[Generation, tuple[tuple[int, ...], Choice]] = WeakKeyDictionary()
-        """What was chosen for each, and what that hung on: most rounds bring nothing new."""
+        self._last: WeakKeyDictionary[Generation, tuple[tuple[int, ...], Choice, float]] = WeakKeyDictionary()
+        """What was chosen for each, what it promised, and what that hung on: most rounds bring nothing new."""
+        self._quoted: dict[int, Acceptance] = {}
+        """Of drafts that the text itself suggested, by the length of the match."""
+        self._each_quoted: WeakKeyDictionary[Generation, dict[int, Acceptance]] = WeakKeyDictionary()
+        self._matched: WeakKeyDictionary[Generation, int] = WeakKeyDictionary()
+        """The length of the match that was last looked at."""
         self._trials: WeakKeyDictionary[Generation, _Trials] = WeakKeyDictionary()
 
     @property
@@ -370,7 +378,7 @@ class MeasuredChooser:
             self._costs = LatelySeen(self._measure())
         return self._costs
 
-    def choose(self, g: Generation, num_sharing: int) -> Choice:
+    def choose(self, g: Generation, num_sharing: int, match: Match | None = None) -> Choice:
         if g.settings.temperature > 0 and g.settings.seed is not None:
             # its tokens hang on what is chosen, and neither others nor a clock must reach into a seeded answer
             return Choice("ar")
@@ -388,15 +396,48 @@ class MeasuredChooser:
         known = self._last.get(g)
         if known is None or known[0] != key:
             enough = NEARLY if is_trial else ENOUGH
-            known = self._last[g] = (key, self._best(own, self._all, num_sharing, context, enough))
+            known = self._last[g] = (key, *self._best(own, self._all, num_sharing, context, enough))
+        _, best, speed = known
         if is_trial:
-            return trials.begin(known[1], own.num_notes)
-        trials.note(known[1].kind != "ar")
-        return known[1]
+            return trials.begin(best, own.num_notes)
+        if match is not None:
+            quote, faster = self._best_quote(g, match, num_sharing, context)
+            if faster > (ENOUGH if best.kind == "ar" else 1.0) * speed:
+                return quote
+        trials.note(best.kind != "ar")
+        return best
 
     def note(self, g: Generation, num_drafted: int, num_accepted: int) -> None:
+        if g.choice is not None and g.choice.kind == "lookup":
+            for known in self._of_match(g, self._matched[g]):
+                known.note(num_drafted, num_accepted)
+            return
         self._all.note(num_drafted, num_accepted)
         self._each.setdefault(g, Acceptance()).note(num_drafted, num_accepted)
+
+    def _of_match(self, g: Generation, length: int) -> tuple[Acceptance, Acceptance]:
+        """What is known of matches this long: of this text's, of all."""
+        each = self._each_quoted.setdefault(g, {})
+        return each.setdefault(length, Acceptance()), self._quoted.setdefault(length, Acceptance())
+
+    def _best_quote(self, g: Generation, match: Match, num_sharing: int, context: int) -> tuple[Choice, float]:
+        """How much of what the text suggests is best verified, and the tokens a second that this promises."""
+        self._matched[g] = match.length
+        own, shared = self._of_match(g, match.length)
+        best, most = Choice("ar"), 0.0
+        emitted, chance = 1.0, 1.0
+        for num in range(1, LONGEST_QUOTE):
+            chance *= own.rate(num - 1, shared.rate(num - 1))
+            emitted += chance
+            width = num_sharing * (num + 1)
+            if width > self.costs.table.num_inputs[-1] * 2:
+                break
+            speed = emitted / self.costs.seconds(False, width, context)
+            if speed > most:
+                best, most = Choice("lookup", num + 1), speed
+            elif chance < 0.1:
+                break
+        return best, most
 
     def note_cost(self, drafting: bool, num_inputs: int, context: float, seconds: float) -> None:
         if self._costs is not None:
@@ -436,8 +477,9 @@ class MeasuredChooser:
         num_sharing: int,
         context: int,
         enough: float = ENOUGH,
-    ) -> Choice:
+    ) -> tuple[Choice, float]:
+        """What is chosen, and the tokens a second that it promises."""
         speeds = self.speeds(own, shared, num_sharing, context)
         ar = speeds.pop(Choice("ar"))
-        best = max(speeds, key=lambda choice: speeds[choice], default=Choice("ar"))
-        return best if best.kind != "ar" and speeds[best] > enough * ar else Choice("ar")
+        best = max(speeds, key=lambda choice: speeds[choice], default=None)
+        return (best, speeds[best]) if best is not None and speeds[best] > enough * ar else (Choice("ar"), ar)

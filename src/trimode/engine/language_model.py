@@ -19,6 +19,7 @@ from trimode.decoding.autoregressive import Autoregressive
 from trimode.decoding.block_diffusion import BlockDiffusion, Infill
 from trimode.decoding.generate import Observer, run_to_end
 from trimode.decoding.interface import Constraint, Decoder, Generation, Traits
+from trimode.decoding.lookup import LookupSelfSpeculation
 from trimode.decoding.self_speculation import LinearSelfSpeculation, QuadraticSelfSpeculation
 from trimode.decoding.settings import Settings, check_for_mode, check_with_constraint, parse_settings, turns_a_mode
 from trimode.decoding.trace import traced
@@ -230,6 +231,7 @@ class LanguageModel:
             "diffusion": BlockDiffusion(),
             "linear": LinearSelfSpeculation(),
             "quadratic": QuadraticSelfSpeculation(),
+            "lookup": LookupSelfSpeculation(),
             "infill": Infill(),
         }
 

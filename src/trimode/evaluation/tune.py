@@ -38,6 +38,7 @@ def default_settings(model: Any) -> list[Setting]:
         ("self_spec", {"self_spec_kind": "quadratic", "block_length": length})
         for length in sorted({max(2, own // 2), min(own, 16)})
     ]
+    found += [("self_spec", {"self_spec_kind": "lookup", "block_length": own})]
     found += [
         ("diffusion", {"block_length": length, "threshold": threshold})
         for length in lengths[1:]
