@@ -44,6 +44,7 @@ EXACT = [
     {"mode": "self_spec", "block_length": 5},
     {"mode": "self_spec", "block_length": 5, "threshold": 0.6},
     {"mode": "self_spec", "self_spec_kind": "quadratic", "block_length": 3},
+    {"mode": "self_spec", "self_spec_kind": "lookup", "block_length": 3},
 ]
 KNOBS = [
     *EXACT,
@@ -52,6 +53,7 @@ KNOBS = [
     {"mode": "diffusion", "temperature": 1.0, "block_length": 5},
     {"mode": "self_spec", "temperature": 1.0, "block_length": 5},
     {"mode": "self_spec", "temperature": 1.0, "self_spec_kind": "quadratic", "block_length": 3},
+    {"mode": "self_spec", "temperature": 1.0, "self_spec_kind": "lookup", "block_length": 3},
 ]
 
 

@@ -22,6 +22,7 @@ EXACT = [
     {"mode": "self_spec", "block_length": 5},
     {"mode": "self_spec", "temperature": 0.8, "seed": 3},
     {"mode": "self_spec", "self_spec_kind": "quadratic", "block_length": 3},
+    {"mode": "self_spec", "self_spec_kind": "lookup", "block_length": 3},
 ]
 
 

@@ -19,6 +19,7 @@ MODES = [
     {"mode": "self_spec"},
     {"mode": "self_spec", "threshold": 0.3},
     {"mode": "self_spec", "self_spec_kind": "quadratic"},
+    {"mode": "self_spec", "self_spec_kind": "lookup"},
 ]
 
 

@@ -415,3 +415,16 @@ def test_lookups_tell_nothing_of_the_block_views_drafts():
     rounds(chooser, g, 60, accept=99)
     after = chooser.speeds(chooser._each[g], chooser._all, 1)
     assert before == after
+
+
+def test_a_checkpoint_that_nobody_trained_to_draft_only_verifies_what_its_text_suggests():
+    model = tiny_model(1, weight_scale=0.05, mask_token_id=None)
+    kwargs = {"max_new_tokens": 60, "ignore_eos": True}
+    expected = model.generate([5, 6], mode="ar", **kwargs).token_ids
+    answer = model.open_answer([5, 6], kwargs)
+    answer.generation.decoder = Auto(MeasuredChooser(FLAT, has_adapter=False, first_is_exact=False, can_draft=False))
+    for _ in model._run([answer], None):
+        pass
+    assert answer.generation.new_tokens == expected
+    assert {choice.split()[0] for choice in answer.generation.choices} == {"ar", "lookup"}
+    assert answer.stats().mode == "self_spec"

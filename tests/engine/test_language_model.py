@@ -222,6 +222,15 @@ def test_a_checkpoint_without_a_mask_token_says_so(mode):
         model.infill([5, None])
 
 
+def test_what_a_text_itself_suggests_needs_no_mask_token():
+    model = tiny_model(1, mask_token_id=None, weight_scale=0.05)
+    kwargs = {"max_new_tokens": 40, "ignore_eos": True}
+    out = model.generate([5], mode="self_spec", self_spec_kind="lookup", **kwargs)
+    assert out.token_ids == model.generate([5], mode="ar", **kwargs).token_ids
+    assert out.stats.notice is None
+    assert out.stats.decode_tpf > 1.1
+
+
 @pytest.mark.parametrize(
     "call",
     [

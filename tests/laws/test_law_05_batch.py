@@ -18,6 +18,8 @@ KNOBS = [
     {"mode": "self_spec", "temperature": 1.0},
     {"mode": "self_spec", "self_spec_kind": "quadratic", "block_length": 3},
     {"mode": "self_spec", "self_spec_kind": "quadratic", "temperature": 0.8, "top_k": 5},
+    {"mode": "self_spec", "self_spec_kind": "lookup"},
+    {"mode": "self_spec", "self_spec_kind": "lookup", "temperature": 0.8, "block_length": 3},
 ]
 
 requests = st.lists(

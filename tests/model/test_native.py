@@ -271,7 +271,7 @@ def test_the_reference_vectors_are_met():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["linear", "quadratic"])
+@pytest.mark.parametrize("kind", ["linear", "quadratic", "lookup"])
 def test_greedy_self_speculation_of_the_embedded_model_equals_autoregression_in_int8(kind):
     import trimode
     from trimode.engine.request import Request
@@ -293,7 +293,7 @@ def tiny_native(seed=0, precision="int8", threads=1, lora=None, **changes):
     )
 
 
-@pytest.mark.parametrize("kind", ["linear", "quadratic"])
+@pytest.mark.parametrize("kind", ["linear", "quadratic", "lookup"])
 @settings(max_examples=20, deadline=None)
 @given(
     seed=st.integers(0, 3),

@@ -353,8 +353,17 @@ class _Trials:
 class MeasuredChooser:
     """The way that promises most tokens a second."""
 
-    def __init__(self, table: CostTable | Callable[[], CostTable], *, has_adapter: bool, first_is_exact: bool) -> None:
-        """table: or what measures it, which nobody's first token waits for."""
+    def __init__(
+        self,
+        table: CostTable | Callable[[], CostTable],
+        *,
+        has_adapter: bool,
+        first_is_exact: bool,
+        can_draft: bool = True,
+    ) -> None:
+        """table: or what measures it, which nobody's first token waits for. can_draft: somebody trained the block view; else only what
+        the text itself suggests is ever verified."""
+        self._can_draft = can_draft
         self._costs = LatelySeen(table) if isinstance(table, CostTable) else None
         self._measure = table
         self._has_adapter = has_adapter
@@ -453,6 +462,8 @@ class MeasuredChooser:
             return costs.seconds(self._has_adapter, num_inputs, context)
 
         found = {Choice("ar"): 1.0 / costs.seconds(False, n, context)}
+        if not self._can_draft:
+            return found
         accepted, chance = 0.0, 1.0
         known = 0
         exact = self._first_is_exact

@@ -266,7 +266,11 @@ class LanguageModel:
 
     def notice(self, mode: str) -> str | None:
         """One line that a user of this checkpoint in this mode should read, if there is one."""
-        if mode in ("diffusion", "self_spec") and not self.config.trained_for_blocks:
+        if (
+            mode in ("diffusion", "self_spec")
+            and not self.config.trained_for_blocks
+            and self.config.mask_token_id is not None
+        ):
             poor = "nobody has trained this checkpoint's block view yet, so its drafts are poor: "
             return poor + (
                 "self_spec is exact all the same, but slow" if mode == "self_spec" else "diffusion's text is noise"
@@ -408,7 +412,7 @@ class LanguageModel:
         ids = encode_prompt(prompt, self.tokenizer, self.config, raw=raw, variables=template)
         settings = self._fit(len(ids), settings, "max_new_tokens" in knobs)
         decoder = self._decoders[settings.self_spec_kind if mode == "self_spec" else mode]
-        if settings.mode == "auto" and mode == "self_spec" and not _NOT_FOR_AUTO & set(knobs):
+        if settings.mode == "auto" and not _NOT_FOR_AUTO & set(knobs):
             decoder = self._auto() or decoder
         return self._begin(ids, settings, mode, decoder, None if grammar is None else grammar.start())
 
@@ -452,9 +456,13 @@ class LanguageModel:
     def measure(self) -> None:
         """Measure now what forwards cost, if `auto` needs it and this machine has not measured it for this model. Otherwise that
         happens behind the first token of an answer."""
-        settings, mode = self._settings({"mode": "auto"})
-        if settings.mode == "auto" and mode == "self_spec" and self._checkpoint is not None:
+        settings, _ = self._settings({"mode": "auto"})
+        if settings.mode == "auto" and self._checkpoint is not None:
             cost_table(self.forward)
+
+    @property
+    def _drafts_are_trained(self) -> bool:
+        return self.config.trained_for_blocks and self.config.mask_token_id is not None
 
     def _auto(self) -> Decoder | None:
         """The decoder that chooses by measured cost; None where nothing was loaded that costs could be kept of."""
@@ -467,6 +475,7 @@ class LanguageModel:
                 kept_table(forward) or (lambda: cost_table(forward)),
                 has_adapter=traits.adapter_on_draft != "none",
                 first_is_exact=traits.first_is_exact,
+                can_draft=self._drafts_are_trained,
             )
             self._decoders["auto"] = Auto(chooser)
         return self._decoders["auto"]
@@ -481,11 +490,12 @@ class LanguageModel:
             settings = parse_settings(knobs)
             mode = settings.mode
         if mode == "auto":
-            mode = "self_spec" if self.config.trained_for_blocks and self.config.mask_token_id is not None else "ar"
+            mode = "self_spec" if self._drafts_are_trained else "ar"
         check_for_mode(knobs, mode)
-        if mode in ("diffusion", "self_spec") and self.config.mask_token_id is None:
+        needs_mask = mode == "diffusion" or (mode == "self_spec" and settings.self_spec_kind != "lookup")
+        if needs_mask and self.config.mask_token_id is None:
             raise MissingMaskTokenError(
-                f"{self.name} names no mask token, so it can only decode mode='ar'. "
+                f"{self.name} names no mask token, so it can only decode mode='ar', or 'self_spec' with self_spec_kind='lookup'. "
                 "Convert it first, or set mask_token_id under 'trimode' in its config.json."
             )
         if (settings.block_length or 0) > self.config.max_positions:

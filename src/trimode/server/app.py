@@ -303,7 +303,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 def _model_card(service: Service) -> dict[str, Any]:
     config = service.model.config
-    modes = ["ar"] if config.mask_token_id is None else ["auto", "ar", "diffusion", "self_spec"]
+    modes = ["auto", "ar", *([] if config.mask_token_id is None else ["diffusion", "self_spec"])]
     return {
         "id": service.name,
         "object": "model",
