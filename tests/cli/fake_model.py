@@ -46,7 +46,7 @@ class Stats:
 class FakeModel:
     """What `trimode.load` gives back; `asked` keeps every request."""
 
-    def __init__(self, name="fake", *, tokenizer=True, pause_s=0.0, answer=ANSWER, interrupt_after=None, differs=False):
+    def __init__(self, name="fake", *, tokenizer=True, pause_s=0.0, answer=ANSWER, interrupt_after=None, differs=None):
         self.name = name
         self.config = SimpleNamespace(trained_for_blocks=False, mask_token_id=3, block_length=8, max_positions=64)
         self.precision, self.device, self.adapter = "float32", "cpu", None
@@ -55,6 +55,9 @@ class FakeModel:
         self.num_parameters = 134_515_008
         self.pause_s, self.words, self.interrupt_after, self.differs = pause_s, answer, interrupt_after, differs
         self.asked = []
+
+    def measure(self):
+        """Nothing has a cost here."""
 
     def notice(self, mode):
         return None if mode == "ar" else "nobody trained this checkpoint's block view, so its drafts are poor"
@@ -76,7 +79,7 @@ class FakeModel:
         words = self.words[: knobs.get("max_new_tokens", len(self.words))]
         mode = knobs.get("mode", "auto")
         ids = [10 + i for i in range(len(words))]
-        if self.differs and mode == "self_spec":
+        if self.differs == mode:
             ids[-1] += 1
         return SimpleNamespace(
             text="".join(words) if self.tokenizer else "",

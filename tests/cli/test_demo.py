@@ -2,32 +2,40 @@
 
 import json
 
+import pytest
+
 
 def test_every_mode_answers_under_its_heading_and_a_table_closes(cli, model):
     ended = cli("demo")
     assert (ended.status, ended.stderr) == (0, "")
     lines = ended.stdout.splitlines()
     headings = [line for line in lines if line.startswith("──") and "mode" not in line]
-    assert [heading.strip("─ ") for heading in headings if heading.strip("─ ")] == ["ar", "diffusion", "self_spec"]
-    assert ended.stdout.count("That is all.") == 3
+    assert [heading.strip("─ ") for heading in headings if heading.strip("─ ")] == [
+        "ar",
+        "diffusion",
+        "self_spec",
+        "auto",
+    ]
+    assert ended.stdout.count("That is all.") == 4
     assert "tokens/forward" in ended.stdout
     assert "forwards: those that read the prompt" in ended.stdout
-    assert lines[-1] == "self_spec's text equals ar's, token for token."
+    assert lines[-1] == "self_spec's text and auto's equal ar's, token for token."
 
 
 def test_a_notice_is_told_once(cli, model):
     assert cli("demo").stdout.count("drafts are poor") == 1
 
 
-def test_a_difference_is_not_hidden(cli, use_model):
-    use_model(differs=True)
-    assert cli("demo").stdout.splitlines()[-1].startswith("self_spec's text differs from ar's.")
+@pytest.mark.parametrize("mode", ["self_spec", "auto"])
+def test_a_difference_is_not_hidden(cli, use_model, mode):
+    use_model(differs=mode)
+    assert cli("demo").stdout.splitlines()[-1].startswith("The text of self_spec or auto differs from ar's.")
 
 
 def test_json_tells_the_same(cli, model):
     record = json.loads(cli("demo", "--json", "--prompt", "Hm?", "--max-new-tokens", "4").stdout)
-    assert [run["stats"]["mode"] for run in record["runs"]] == ["ar", "diffusion", "self_spec"]
-    assert [len(run["token_ids"]) for run in record["runs"]] == [4, 4, 4]
+    assert [run["mode"] for run in record["runs"]] == ["ar", "diffusion", "self_spec", "auto"]
+    assert [len(run["token_ids"]) for run in record["runs"]] == [4, 4, 4, 4]
     assert (record["self_spec_equals_ar"], record["prompt"]) == (True, "Hm?")
 
 

@@ -13,7 +13,7 @@ from trimode.viz import terminal
 
 __all__ = ["demo"]
 
-MODES = ("ar", "diffusion", "self_spec")
+MODES = ("ar", "diffusion", "self_spec", "auto")
 LEGEND = "forwards: those that read the prompt + those that made the answer; tokens/forward counts the latter"
 
 
@@ -45,6 +45,7 @@ def demo(
 def _compare(runner: Any, prompt: str, limit: int, tracer: Tracer, *, json: bool) -> None:
     # Whatever is set up on first use (threads, buffers) is no mode's cost.
     runner.generate(prompt, mode="ar", max_new_tokens=2)
+    runner.measure()
 
     console = screen.answers_console()
     if not json:
@@ -53,7 +54,7 @@ def _compare(runner: Any, prompt: str, limit: int, tracer: Tracer, *, json: bool
     outputs: dict[str, Any] = {}
     told: set[str] = set()
     for mode in MODES:
-        notice = runner.notice(mode)
+        notice = None if mode == "auto" else runner.notice(mode)
         if json:
             outputs[mode] = runner.generate(prompt, mode=mode, max_new_tokens=limit, **tracer.observing(runner))
             continue
@@ -67,22 +68,22 @@ def _compare(runner: Any, prompt: str, limit: int, tracer: Tracer, *, json: bool
             raise typer.Exit(130)
         outputs[mode] = shown.output
 
-    same = list(outputs["self_spec"].token_ids) == list(outputs["ar"].token_ids)
+    same = all(list(outputs[mode].token_ids) == list(outputs["ar"].token_ids) for mode in ("self_spec", "auto"))
     if json:
-        runs = [{**screen.as_record(outputs[mode]), "notice": runner.notice(mode)} for mode in MODES]
+        runs = [{"mode": mode, **screen.as_record(outputs[mode]), "notice": runner.notice(mode)} for mode in MODES]
         screen.print_json({"model": runner.name, "prompt": prompt, "runs": runs, "self_spec_equals_ar": same})
         return
     console.print()
-    console.print(terminal.demo_table([outputs[mode].stats.as_dict() for mode in MODES]))
+    console.print(terminal.demo_table([{**outputs[mode].stats.as_dict(), "mode": mode} for mode in MODES]))
     console.print(Text(LEGEND, style="dim"), soft_wrap=True)
     console.print()
     console.print(Text(equality(same, runner.precision)), soft_wrap=True)
 
 
 def equality(same: bool, dtype: str) -> str:
-    """The closing line: is the text of `self_spec` that of `ar`?"""
+    """The closing line: are the texts of `self_spec` and `auto` that of `ar`?"""
     if same:
-        return "self_spec's text equals ar's, token for token."
+        return "self_spec's text and auto's equal ar's, token for token."
     if dtype == "float32":
-        return "self_spec's text differs from ar's. In float32 that is a bug; please report it."
-    return f"self_spec's text differs from ar's: in {dtype} two choices may tie within rounding. In float32 they agree."
+        return "The text of self_spec or auto differs from ar's. In float32 that is a bug; please report it."
+    return f"The text of self_spec or auto differs from ar's: in {dtype} two choices may tie within rounding. In float32 they agree."
