@@ -1,6 +1,6 @@
 """How much of a greedy answer's time is spent outside the native engine, at batch 1.
 
-    python benchmarks/python_share.py                # the embedded model in int8: ar, linear and quadratic self-speculation
+    python benchmarks/python_share.py                # the embedded model in int8: ar, kinds of self-speculation, auto
 
 The engine's calls (`run`, `head`, `draft`) are timed from Python, the way into C++ included. The rest is decoders, runner, text and
 statistics. Each setting answers several times, taking turns; the medians are printed, in milliseconds a forward as well.
@@ -18,6 +18,8 @@ SETTINGS = {
     "ar": {"mode": "ar"},
     "self_spec": {"mode": "self_spec"},
     "self_spec quadratic": {"mode": "self_spec", "self_spec_kind": "quadratic", "block_length": 4},
+    "self_spec lookup": {"mode": "self_spec", "self_spec_kind": "lookup", "block_length": 4},
+    "auto": {"mode": "auto"},
 }
 
 

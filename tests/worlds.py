@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -98,13 +99,19 @@ def tiny_model(seed: int = 0, *, lora: Lora | None = None, attention="sdpa", wei
 
 
 def native_forward(config, tensors, *, precision="float32", lora=None, threads=1, kernels=None):
-    """The native engine over these weights; "u4" is int8 whose matrices come in GGUF's Q4_1."""
+    """The native engine over these weights. Of int8: "u4" has matrices that come in GGUF's Q4_1, "s8" what processors with tiles have,
+    "mixed" some of each kind."""
     from trimode.model.native import BLOCKS, NativeForward, new_matrix
 
-    def packed(tensor):
+    mixed = {"qkv": "u4", "output": "bfloat16", "gate_up": "s8", "down": "float32"}
+
+    def packed(name, tensor):
         if tensor.dim() == 1:
             return tensor.numpy()
-        matrix = new_matrix("u8" if precision == "int8" else precision, *tensor.shape)
+        kind = "u8" if precision == "int8" else precision
+        if precision == "mixed":
+            kind = next((kind for part, kind in mixed.items() if f".{part}." in name), "u8")
+        matrix = new_matrix(kind, *tensor.shape)
         if precision == "u4":
             from gguf import GGMLQuantizationType, quants
 
@@ -114,14 +121,26 @@ def native_forward(config, tensors, *, precision="float32", lora=None, threads=1
             matrix.pack_floats(0, tensor.numpy())
         return matrix
 
-    kept = "int8" if precision == "u4" else precision
+    kept = "int8" if precision in ("u4", "s8", "mixed") else precision
     forward = NativeForward(config, precision=kept, threads=threads, kernels=kernels)
     forward.load(
-        [(name, packed(tensor)) for name, tensor in tensors if not (config.tied_head and name == "head.weight")]
+        [(name, packed(name, tensor)) for name, tensor in tensors if not (config.tied_head and name == "head.weight")]
     )
     if lora is not None:
         forward.set_adapter(lora)
     return forward
+
+
+def as_packed(lora, kind):
+    """The numbers that are left of an adapter in the native engine's int8."""
+    from trimode.model.native import new_matrix
+
+    def rounded(weight):
+        matrix = new_matrix(kind, *weight.shape)
+        matrix.pack_floats(0, weight.float().contiguous().numpy())
+        return torch.stack([torch.from_numpy(matrix.row(i)) for i in range(len(weight))])
+
+    return replace(lora, factors={place: (rounded(A), rounded(B)) for place, (A, B) in lora.factors.items()})
 
 
 @contextmanager

@@ -13,14 +13,12 @@ from trimode.decoding.interface import Rows
 from trimode.decoding.sampling import adjusted, pick, truncated_distribution, uniform, verify
 from trimode.engine.request import Request
 
-KINDS = ("linear", "quadratic", "lookup")
-
 
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 5),
     prompt=st.lists(st.integers(0, 39), min_size=1, max_size=12),
-    kind=st.sampled_from(KINDS),
+    kind=st.sampled_from(("linear", "quadratic")),
     block_length=st.integers(1, 9),
     max_new_tokens=st.integers(1, 24),
     threshold=st.sampled_from([None, 0.3, 0.9]),
@@ -66,6 +64,10 @@ def test_greedy_self_speculation_equals_greedy_autoregression(
     assert actual.stats.tokens == len(actual.token_ids)
     if budget is not None and len(actual.token_ids) > budget and EOS not in actual.token_ids:
         assert 7 in actual.token_ids[: budget + 1]
+
+
+EVERY_PAIR = [0, 0, 1, 1, 2, 2, 4, 4, 5, 5, 0, 2, 0, 4, 0, 5, 1, 0, 1, 4, 1, 5, 2, 1, 2, 5, 4, 1, 5, 4, 2]
+"""Whatever follows, the text suggests how it goes on."""
 
 
 def chi_square(counts: Counter, probabilities: dict, total: int) -> tuple[float, int]:
@@ -128,8 +130,7 @@ def test_sampled_self_speculation_has_the_autoregressive_distribution(kind, trun
         shape |= {"block_predicts": "next", "known_tokens_are_causal": True, "adapter_acts_on": "masks"}
         lora = random_lora(tiny_config(**shape), successor=successor)
     model = tiny_model(3, weight_scale=0.25, lora=lora, **shape)
-    # the text suggests something from the first token on
-    prompt, length, temperature = [1, 4, 2, 1, 4] if kind == "lookup" else [1, 4], 3, 1.0
+    prompt, length, temperature = EVERY_PAIR if kind == "lookup" else [1, 4], 3, 1.0
     exact = enumerate_autoregression(model, prompt, length, temperature, **truncation)
     assert math.isclose(sum(exact.values()), 1.0, abs_tol=1e-6)
     total = 4000
@@ -154,6 +155,35 @@ def test_sampled_self_speculation_has_the_autoregressive_distribution(kind, trun
     bound = freedom + 4.3 * math.sqrt(2 * freedom) + 10
     assert statistic < bound, (statistic, freedom)
     assert set(counts) <= set(exact)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 5),
+    prompt=st.lists(st.integers(8, 11), min_size=1, max_size=16),
+    block_length=st.integers(1, 9),
+    max_new_tokens=st.integers(1, 40),
+    common=st.sampled_from(
+        [{}, {"repetition_penalty": 1.3}, {"logit_bias": {9: 1.0, 10: -1.0}}, {"frequency_penalty": 0.5}]
+    ),
+    budget=st.sampled_from([None, 0, 3]),
+    weight_scale=st.sampled_from([0.05, 0.1]),
+)
+def test_greedy_lookups_in_texts_that_repeat_themselves_equal_greedy_autoregression(
+    seed, prompt, block_length, max_new_tokens, common, budget, weight_scale
+):
+    model = tiny_model(seed, weight_scale=weight_scale)
+    knobs = {"max_new_tokens": max_new_tokens, "logprobs": 2, **common}
+    if budget is not None:
+        knobs |= {"max_thinking_tokens": budget, "end_think_token_id": 7}
+    expected = model.generate(prompt, mode="ar", **knobs)
+    actual = model.generate(prompt, mode="self_spec", self_spec_kind="lookup", block_length=block_length, **knobs)
+    assert actual.token_ids == expected.token_ids
+    assert actual.finish_reason == expected.finish_reason
+    assert [told.token for told in actual.logprobs] == actual.token_ids
+    assert [told.logprob for told in actual.logprobs] == pytest.approx(
+        [told.logprob for told in expected.logprobs], abs=1e-4
+    )
 
 
 def test_the_chi_square_test_notices_a_sampler_that_accepts_every_draft():

@@ -1,10 +1,14 @@
 """Law 5: the engine gives what the reference loop gives, whoever joins, leaves or is crowded out."""
 
+import random
+
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.laws.test_law_05_batch import KNOBS
+from tests.laws.test_law_05_batch import KNOBS, REPEATING
 from tests.worlds import random_lora, tiny_config, tiny_model
+from trimode.decoding.auto import Auto
+from trimode.decoding.interface import Choice
 from trimode.engine.engine import Engine, EngineLimits, Entry
 
 MODELS = [
@@ -17,6 +21,7 @@ MODELS = [
         known_tokens_are_causal=True,
         adapter_acts_on="masks",
     ),
+    REPEATING,
 ]
 
 arrivals = st.lists(
@@ -173,3 +178,62 @@ def test_a_failing_forward_ends_its_requests_and_the_engine_goes_on(caplog):
     (out,) = run(engine, ([5], {"mode": "ar"}))
     assert out.finish_reason in ("stop", "length")
     _assert_nothing_leaked(engine)
+
+
+def test_a_prompt_that_is_read_in_pieces_leaves_a_token_for_those_who_revise():
+    knobs = {"mode": "diffusion", "temperature": 0.7, "editing_threshold": 0.2, "max_post_steps": 2}
+    converted = MODELS[1]
+    for seed in range(60, 80):
+        engine = Engine(converted, EngineLimits(prefill_inputs=1, prefill_inputs_alone=5))
+        asked = {**knobs, "seed": seed, "max_new_tokens": 13}
+        entry = Entry(converted.open_answer([*SHARED[:12], 31, 1, 25, 26, 9], asked), lambda event: None)
+        engine.submit(entry)
+        while not engine.is_idle:
+            engine.tick()
+        assert entry.generation.new_tokens == converted.generate(list(entry.generation.prompt), **asked).token_ids
+
+
+class AnyChoice:
+    """Chooses at random."""
+
+    def __init__(self, seed):
+        self._random = random.Random(seed)
+
+    def choose(self, g, num_sharing, match):
+        kind = self._random.choice(["ar", "linear", "quadratic", "lookup", "lookup"])
+        return Choice(kind, 1 if kind == "ar" else self._random.randrange(2, 6))
+
+    def note(self, g, num_drafted, num_accepted):
+        pass
+
+    def note_cost(self, drafting, num_inputs, context, seconds):
+        pass
+
+
+def test_whatever_auto_chooses_and_whoever_is_crowded_out_answers_are_those_of_ar():
+    num_crowded_out = num_looked_up = 0
+    for seed in range(6):
+        some = random.Random(seed)
+        engine = Engine(REPEATING, EngineLimits(max_running=4, cache_positions=256, prefill_inputs=some.randint(1, 9)))
+        entries = []
+        for _ in range(6):
+            prompt = [*SHARED[: some.choice([0, 20])], *(some.randrange(4, 9) for _ in range(some.randint(1, 11)))]
+            knobs = {"mode": "self_spec", "max_new_tokens": some.randint(40, 100), "ignore_eos": True}
+            answer = REPEATING.open_answer(prompt, knobs)
+            answer.generation.decoder = Auto(AnyChoice(some.random()))
+            entries.append(Entry(answer, lambda event: None))
+            engine.submit(entries[-1])
+        for _ in range(3000):
+            if engine.is_idle:
+                break
+            engine.tick()
+        for entry in entries:
+            g = entry.generation
+            ar = REPEATING.generate(
+                list(g.prompt), mode="ar", max_new_tokens=g.settings.max_new_tokens, ignore_eos=True
+            )
+            assert g.new_tokens == ar.token_ids
+            num_looked_up += sum(count for name, count in g.choices.items() if name.startswith("lookup"))
+        num_crowded_out += engine.snapshot().preemptions
+    assert num_crowded_out > 0
+    assert num_looked_up > 50

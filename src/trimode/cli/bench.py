@@ -202,8 +202,8 @@ def _runnable(plan: Plan, runner: Any) -> list[tuple[str, dict[str, Any]]]:
     """The settings, the baseline first; of modes that nobody asked for by name only those that this checkpoint has."""
     chosen = list(plan.settings)
     if not plan.chosen and runner.config.mask_token_id is None:
-        screen.say(f"{runner.name} names no mask token, so only ar is measured.")
-        chosen = [("ar", {})]
+        screen.say(f"{runner.name} names no mask token, so ar and auto are measured.")
+        chosen = [("ar", {}), ("auto", {})]
     if ("ar", {}) not in chosen:
         chosen.insert(0, ("ar", {}))
     return chosen

@@ -72,7 +72,9 @@ KNOBS: Mapping[str, Knob] = {
     ),
     "max_post_steps": _decoding("int", "N", "diffusion: extra steps that only revise, after a block is full."),
     "self_spec_kind": _decoding(
-        "word", "KIND", "self_spec: linear (two forwards a round), quadratic (one) or lookup (one, no draft)."
+        "word",
+        "KIND",
+        "self_spec: linear (two forwards a round), quadratic (one) or lookup (one; the text itself drafts).",
     ),
     "draft_lora": Knob(
         kind="switch", negated=True, panel="Decoding", help="Use the checkpoint's draft adapter, or do without."

@@ -81,7 +81,9 @@ def tune(
     texts, graded = _prompts(prompts, task, most, plan["seed"])
     runner = screen.load(model, dtype=dtype, quantize=quantize, device=device, threads=threads)
     if runner.config.mask_token_id is None:
-        raise SettingError(f"{model} names no mask token, so ar is its only mode and there is nothing to tune.")
+        raise SettingError(
+            f"{model} names no mask token, so there is nothing to tune: auto weighs ar and lookup by itself."
+        )
     report = _measure(runner, model, chosen, texts, graded, plan, allowed, Path(output), resume=resume)
     if report["partial"]:
         screen.say(f"Stopped: {report['measured']} requests are kept. The same command with --resume goes on.")

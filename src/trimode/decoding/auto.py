@@ -5,7 +5,7 @@ handed in: it knows what forwards cost on this machine, which is no decoder's bu
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from trimode.decoding.autoregressive import Autoregressive
@@ -18,14 +18,16 @@ __all__ = ["LARGEST_STEP", "Auto", "Chooser"]
 
 LARGEST_STEP = 96
 """Most inputs that the step of a choice may place behind what is final."""
+SEEN_EVERY = 4
+"""Of forwards over one token each, every so manieth tells what it took."""
 
 
 class Chooser(Protocol):
     """Knows costs, and learns how many drafts are accepted."""
 
-    def choose(self, g: Generation, num_sharing: int, match: Match | None) -> Choice:
-        """How a generation goes on that shares its forwards with `num_sharing` - 1 others. match: where its text read before as it ends
-        now."""
+    def choose(self, g: Generation, num_sharing: int, match: Callable[[Generation], Match | None]) -> Choice:
+        """How a generation goes on that shares its forwards with `num_sharing` - 1 others. match: tells where its text read before as
+        it ends now."""
         ...
 
     def note(self, g: Generation, num_drafted: int, num_accepted: int) -> None:
@@ -43,6 +45,7 @@ class Auto:
 
     def __init__(self, chooser: Chooser) -> None:
         self._chooser = chooser
+        self._num_forwards = 0
         self._lookup = LookupSelfSpeculation()
         self._kinds: dict[str, OneByOne] = {
             "ar": Autoregressive(),
@@ -56,7 +59,7 @@ class Auto:
 
     def _plan_one(self, g: Generation, num_sharing: int) -> Step:
         if g.choice is None or _is_between_rounds(g):
-            choice = self._chooser.choose(g, num_sharing, self._lookup.match(g))
+            choice = self._chooser.choose(g, num_sharing, self._lookup.match)
             if choice.kind != "quadratic":
                 # what was drafted ahead is let go; the last final token leads whatever comes next
                 g.canvas, g.state = [], None
@@ -71,6 +74,9 @@ class Auto:
     ) -> list[Outcome]:
         start = time.perf_counter()
         outcomes = [self._absorb_one(*each) for each in zip(generations, steps, predictions, strict=True)]
+        self._num_forwards += 1
+        if self._num_forwards % SEEN_EVERY and max(len(step.tokens) for step in steps) == 1:
+            return outcomes  # what is done most is known best, and to look takes time too
         num_inputs = sum(len(step.tokens) for step in steps)
         # a forward that others had a part in, or that read a prompt, tells little
         if outcomes and num_inputs == predictions[0].num_inputs and all(step.kind != "prefill" for step in steps):

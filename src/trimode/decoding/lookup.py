@@ -67,7 +67,10 @@ class LookupSelfSpeculation(OneByOne):
         self._indices: WeakKeyDictionary[Generation, TextIndex] = WeakKeyDictionary()
 
     def match(self, g: Generation) -> Match | None:
-        """What the text so far suggests."""
+        """What the text so far suggests, if that can be verified next: a prompt is read first, and where one token is left a draft
+        would save nothing."""
+        if len(g.uncached) != 1 or g.cached < len(g.prompt) or g.num_left < 2:
+            return None
         index = self._indices.get(g)
         if index is None:
             index = self._indices[g] = TextIndex()
@@ -76,9 +79,8 @@ class LookupSelfSpeculation(OneByOne):
     def plan_one(self, g: Generation) -> Step:
         if g.state is None:
             match = self.match(g)
-            # a prompt is read first; where one token is left, a draft would save nothing
             count = min(length_of_block(g), g.num_left) - 1
-            if match is None or len(g.uncached) != 1 or g.cached < len(g.prompt) or count < 1:
+            if match is None or count < 1:
                 return causal_step(g, "decode")
             g.canvas, g.state = match.drafts(g.final, count), Draft()
         tokens = g.uncached + tuple(g.canvas)

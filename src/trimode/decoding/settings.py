@@ -247,7 +247,7 @@ def _check_effect(name: str, s: Settings) -> None:
         raise SettingError(f"threshold has no effect with unmasking={s.unmasking!r}. Leave one of them out.")
     if name == "threshold" and s.threshold is not None and s.self_spec_kind != "linear":
         raise SettingError(f"threshold has no effect with self_spec_kind={s.self_spec_kind!r}. Leave one of them out.")
-    if name == "draft_lora" and s.draft_lora and s.self_spec_kind == "lookup":
+    if name == "draft_lora" and s.draft_lora is not None and s.self_spec_kind == "lookup":
         raise SettingError("draft_lora has no effect with self_spec_kind='lookup'. Leave one of them out.")
     if name == "end_think_token_id" and s.end_think_token_id is not None and s.max_thinking_tokens is None:
         raise SettingError("end_think_token_id has no effect without max_thinking_tokens. Set both, or neither.")

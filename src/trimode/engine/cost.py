@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from math import inf, log2
 from pathlib import Path
@@ -41,6 +41,10 @@ REPEATS = range(3, 8)
 SIZE_S = 0.1
 LENGTHS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
 """Block lengths that are considered."""
+HARDLY = 0.02
+"""A draft that is accepted with less than this chance makes no block worth its inputs, nor does any behind it."""
+LEAST_PRIOR = 0.3
+"""Of what a text suggests, at least so much is taken to be right until it shows."""
 LONGEST_QUOTE = 16
 """Inputs of a verification of what the text itself suggests, at most."""
 ENOUGH = 1.05
@@ -204,7 +208,7 @@ def _identity(forward: Forward) -> dict[str, object]:
     """What a cost hangs on."""
     config: ModelConfig = forward.config
     return {
-        "version": 3,
+        "version": 4,
         "processor": processor(),
         "cores": os.cpu_count(),
         "device": str(forward.device),
@@ -350,6 +354,24 @@ class _Trials:
         self._drafts = drafts
 
 
+@dataclass(slots=True)
+class _Request:
+    """What is known of one generation."""
+
+    own: Acceptance = field(default_factory=Acceptance)
+    """Of the block view's drafts."""
+    quoted: dict[int, Acceptance] = field(default_factory=dict)
+    """Of drafts that the text itself suggested, by the length of the match."""
+    matched: int = 0
+    """The length of the match that was last looked at."""
+    trials: _Trials = field(default_factory=_Trials)
+    hung_on: tuple[int, ...] = ()
+    """What the latest choice hung on: most rounds bring nothing new."""
+    best: Choice = field(default_factory=lambda: Choice("ar"))
+    speed: float = 0.0
+    """Tokens a second that the latest choice promised."""
+
+
 class MeasuredChooser:
     """The way that promises most tokens a second."""
 
@@ -369,15 +391,9 @@ class MeasuredChooser:
         self._has_adapter = has_adapter
         self._first_is_exact = first_is_exact
         self._all = Acceptance()
-        self._each: WeakKeyDictionary[Generation, Acceptance] = WeakKeyDictionary()
-        self._last: WeakKeyDictionary[Generation, tuple[tuple[int, ...], Choice, float]] = WeakKeyDictionary()
-        """What was chosen for each, what it promised, and what that hung on: most rounds bring nothing new."""
         self._quoted: dict[int, Acceptance] = {}
-        """Of drafts that the text itself suggested, by the length of the match."""
-        self._each_quoted: WeakKeyDictionary[Generation, dict[int, Acceptance]] = WeakKeyDictionary()
-        self._matched: WeakKeyDictionary[Generation, int] = WeakKeyDictionary()
-        """The length of the match that was last looked at."""
-        self._trials: WeakKeyDictionary[Generation, _Trials] = WeakKeyDictionary()
+        """Of drafts that texts themselves suggested, by the length of the match."""
+        self._requests: WeakKeyDictionary[Generation, _Request] = WeakKeyDictionary()
 
     @property
     def costs(self) -> LatelySeen:
@@ -387,14 +403,14 @@ class MeasuredChooser:
             self._costs = LatelySeen(self._measure())
         return self._costs
 
-    def choose(self, g: Generation, num_sharing: int, match: Match | None = None) -> Choice:
+    def choose(self, g: Generation, num_sharing: int, match: Callable[[Generation], Match | None]) -> Choice:
         if g.settings.temperature > 0 and g.settings.seed is not None:
             # its tokens hang on what is chosen, and neither others nor a clock must reach into a seeded answer
             return Choice("ar")
         if self._costs is None and g.num_new == 0:
             return Choice("ar")
-        own = self._each.setdefault(g, Acceptance())
-        trials = self._trials.setdefault(g, _Trials())
+        request = self._of(g)
+        own, trials = request.own, request.trials
         trial = trials.going_on(own.num_notes)
         if trial is not None:
             return trial
@@ -402,41 +418,46 @@ class MeasuredChooser:
         is_trial = trials.is_due
         context = len(g.final) // CONTEXT * CONTEXT
         key = (own.num_notes, self.costs.version, num_sharing, context, is_trial)
-        known = self._last.get(g)
-        if known is None or known[0] != key:
+        if request.hung_on != key:
             enough = NEARLY if is_trial else ENOUGH
-            known = self._last[g] = (key, *self._best(own, self._all, num_sharing, context, enough))
-        _, best, speed = known
+            request.hung_on = key
+            request.best, request.speed = self._best(own, self._all, num_sharing, context, enough)
+        best = request.best
         if is_trial:
             return trials.begin(best, own.num_notes)
-        if match is not None:
-            quote, faster = self._best_quote(g, match, num_sharing, context)
-            if faster > (ENOUGH if best.kind == "ar" else 1.0) * speed:
+        suggested = match(g)
+        if suggested is not None:
+            quote, faster = self._best_quote(request, suggested, num_sharing, context)
+            if faster > (ENOUGH if best.kind == "ar" else 1.0) * request.speed:
                 return quote
         trials.note(best.kind != "ar")
         return best
 
     def note(self, g: Generation, num_drafted: int, num_accepted: int) -> None:
+        request = self._of(g)
         if g.choice is not None and g.choice.kind == "lookup":
-            for known in self._of_match(g, self._matched[g]):
-                known.note(num_drafted, num_accepted)
-            return
-        self._all.note(num_drafted, num_accepted)
-        self._each.setdefault(g, Acceptance()).note(num_drafted, num_accepted)
+            of_text, of_all = request.quoted[request.matched], self._quoted[request.matched]
+        else:
+            of_text, of_all = request.own, self._all
+        of_text.note(num_drafted, num_accepted)
+        of_all.note(num_drafted, num_accepted)
 
-    def _of_match(self, g: Generation, length: int) -> tuple[Acceptance, Acceptance]:
-        """What is known of matches this long: of this text's, of all."""
-        each = self._each_quoted.setdefault(g, {})
-        return each.setdefault(length, Acceptance()), self._quoted.setdefault(length, Acceptance())
+    def _of(self, g: Generation) -> _Request:
+        known = self._requests.get(g)
+        if known is None:
+            known = self._requests[g] = _Request()
+        return known
 
-    def _best_quote(self, g: Generation, match: Match, num_sharing: int, context: int) -> tuple[Choice, float]:
+    def _best_quote(self, request: _Request, match: Match, num_sharing: int, context: int) -> tuple[Choice, float]:
         """How much of what the text suggests is best verified, and the tokens a second that this promises."""
-        self._matched[g] = match.length
-        own, shared = self._of_match(g, match.length)
+        request.matched = match.length
+        own = request.quoted.setdefault(match.length, Acceptance())
+        shared = self._quoted.setdefault(match.length, Acceptance())
         best, most = Choice("ar"), 0.0
         emitted, chance = 1.0, 1.0
         for num in range(1, LONGEST_QUOTE):
-            chance *= own.rate(num - 1, shared.rate(num - 1))
+            # others' texts may have misled: each text is given its chance
+            chance *= own.rate(num - 1, max(shared.rate(num - 1), LEAST_PRIOR))
             emitted += chance
             width = num_sharing * (num + 1)
             if width > self.costs.table.num_inputs[-1] * 2:
@@ -444,7 +465,7 @@ class MeasuredChooser:
             speed = emitted / self.costs.seconds(False, width, context)
             if speed > most:
                 best, most = Choice("lookup", num + 1), speed
-            elif chance < 0.1:
+            elif speed < 0.95 * most or chance < HARDLY:
                 break
         return best, most
 
@@ -472,7 +493,7 @@ class MeasuredChooser:
                 chance *= own.rate(known, None if shared is None else shared.rate(known))
                 accepted += chance
                 known += 1
-            if length * n > costs.table.num_inputs[-1] * 2:
+            if length * n > costs.table.num_inputs[-1] * 2 or chance < HARDLY:
                 break
             emitted = 1.0 + exact + accepted
             found[Choice("linear", length)] = emitted / (draft(n * length) + costs.seconds(False, n * length, context))

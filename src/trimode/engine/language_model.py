@@ -451,7 +451,9 @@ class LanguageModel:
             decoder=decoder,
             constraint=constraint,
         )
-        return Answer(generation, mode, AnswerText(self.tokenizer, generation), self.notice(mode))
+        uses_block_view = mode != "self_spec" or settings.self_spec_kind != "lookup"
+        notice = self.notice(mode) if uses_block_view else None
+        return Answer(generation, mode, AnswerText(self.tokenizer, generation), notice)
 
     def measure(self) -> None:
         """Measure now what forwards cost, if `auto` needs it and this machine has not measured it for this model. Otherwise that
@@ -490,7 +492,7 @@ class LanguageModel:
             settings = parse_settings(knobs)
             mode = settings.mode
         if mode == "auto":
-            mode = "self_spec" if self._drafts_are_trained else "ar"
+            mode = "self_spec" if self._drafts_are_trained or settings.self_spec_kind == "lookup" else "ar"
         check_for_mode(knobs, mode)
         needs_mask = mode == "diffusion" or (mode == "self_spec" and settings.self_spec_kind != "lookup")
         if needs_mask and self.config.mask_token_id is None:

@@ -102,12 +102,12 @@ def _smoothed(old: float | None, new: float) -> float:
 
 
 def num_ahead(g: Generation, step: Step) -> int:
-    """Leading inputs of a step that may be cached ahead of it."""
+    """Leading inputs of a step that may be cached ahead of it. The last final token never is: later steps may ask what follows it."""
     if not isinstance(step.view, Causal | BlockOverCausal):
         return 0
     # the place before an `at` input is where a shifted checkpoint predicts it
     needed = (*step.after, *(i - 1 for i in step.at), *step.adapted)
-    return max(0, min(len(g.uncached), step.view.num_causal(len(step.tokens)), len(step.tokens) - 1, *needed))
+    return max(0, min(len(g.uncached) - 1, step.view.num_causal(len(step.tokens)), len(step.tokens) - 1, *needed))
 
 
 def piece_of(step: Step, length: int) -> Step:

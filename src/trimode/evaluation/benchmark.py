@@ -157,7 +157,7 @@ class Own:
             return False
         if setting.mode == "auto":  # it may find that no draft pays, round after round
             return False
-        if setting.knobs.get("block_length") == 1:
+        if setting.knobs.get("block_length") == 1 or setting.knobs.get("self_spec_kind") == "lookup":
             return False
         return mode == "self_spec" or self.model.config.adapter_acts_on == "masks"
 

@@ -123,8 +123,8 @@ Rows Model::rows_of(const Floats2d& x, int num_rows, int num_inputs, Rounding ro
   const auto grow = [](auto& values, size_t size) { values.resize(std::max(values.size(), size)); };
   rows.quantized_stride = (size_t)padded * (digits ? 2 : 1);
   rows.group_stride = (size_t)groups * (digits ? 2 : 1);
-  // tiles read 8 rows at a time
-  grow(room.quantized, (size_t)round_up(num_rows, 8) * rows.quantized_stride + 64);
+  // tiles read 8 rows at a time, from any row on
+  grow(room.quantized, (size_t)(num_rows + 7) * rows.quantized_stride + 64);
   if (digits) {
     grow(room.scales, num_rows);
     grow(room.biases, (size_t)num_rows * rows.group_stride);
@@ -206,7 +206,8 @@ Ahead ahead(const Matrix& m, int panel) { return m.panels(panel, std::min(m.num_
 
 }  // namespace
 
-// A hand-over of one or two products. Whatever a thread must know for it lies in this one place, which is sent for as a whole.
+// A hand-over of one or two products. What a thread must know for it lies in this one place, which is sent for as a whole; only where
+// an adapter acts on several runs of inputs are there terms elsewhere.
 struct Model::Multiplying {
   Model* model;
   Next following;
@@ -288,10 +289,11 @@ void Model::finish(const Finish& f, const Floats2d& y, const Job& job, int row, 
       for (int r = row; from < to && r < end; ++r) kernels->add_to(y.row(r) + from, f.bias + from, to - from);
     }
   const int from = job.own.from * kLanes, to = job.own.to * kLanes;
-  for (int r = row; r < end && f.kind != Finish::nothing; ++r) {
+  const bool rounds = f.rounded.rounding == Rounding::groups;
+  for (int r = row; r < end && (f.kind != Finish::nothing || rounds); ++r) {
     if (f.kind == Finish::turn) turn(f, r, from / config.head_size);
     if (f.kind == Finish::gate) gate(r, from, to);
-    if (f.rounded.rounding == Rounding::groups) round_groups(f.rounded, *f.room, r, from, to);
+    if (rounds) round_groups(f.rounded, *f.room, r, from, to);
   }
 }
 
@@ -314,7 +316,7 @@ void Model::apply(const Layer& layer, Place place, const Rows& x, const Floats2d
   const Rows own = rounding(w) == rounding(group.a) ? x : prepare(floats, num_rows, a.num_inputs, rounding(group.a), prepared_other_, {});
   if (low_jobs_.empty() || low_jobs_.back().own.to != a.num_panels) low_jobs_ = split(rank);
   Product to_low{low_jobs_.data(), (int)low_jobs_.size(), low_, num_adapted_, {}};
-  if (rounds) to_low.finish.kind = Finish::round, to_low.finish.rounded = low, to_low.finish.room = &prepared_low_;
+  if (rounds) to_low.finish.rounded = low, to_low.finish.room = &prepared_low_;
   int num = 0;
   for (const Run& run : runs_) {
     to_low.put({&a, from_row(own, run.first), num, run.count, 0, false, 1.0f});

@@ -175,7 +175,7 @@ class Model {
   };
   // What the thread that made a job's outputs does with them. Plain values: they travel with the job.
   struct Finish {
-    enum Kind { nothing, turn, gate, round } kind = nothing;
+    enum Kind { nothing, turn, gate } kind = nothing;
     Rows rounded;  // of groups: to be rounded in the end
     Prepared* room = nullptr;
     const float* bias = nullptr;
@@ -249,8 +249,8 @@ class Model {
   template <typename T>
   void attend(int index, const Cache& cache, const Rows& rounded);
   void grow_rotations(int position);
-  // rows of y = w x, panels [from, to), in floats
-  void times(const Weights& w, const Floats2d& x, int row, int num_rows, const Floats2d& y, int from, int to);
+  // y = w x of some rows, panels [from, to), in floats
+  void times(const Weights& w, const float* x, size_t x_stride, int num_rows, float* y, size_t y_stride, int from, int to);
   void begin_to_score(const float* hidden, int num);
   // of the likeliest tokens of mask `mask` of `num`, behind the token `before`
   void score_again(const float* hidden, int mask, int num, int before, const int* tokens, int count, float* scores);

@@ -172,7 +172,7 @@ void check(const Config& config, const IntArray& tokens, const IntArray& positio
   }
   for (int i : asked) sound = sound && i >= 0 && i < n;
   int before = -1;
-  for (int i : adapted) {  // each once, in order: rows are moved up to their place among the adapted ones
+  for (int i : adapted) {  // each once, in order: what follows one another is one run
     sound = sound && i > before && i < n;
     before = i;
   }
@@ -327,7 +327,9 @@ PYBIND11_MODULE(_native, m) {
            [](Model& self, int layer, int place, const PyMatrix& a, const std::vector<std::tuple<PyMatrix, int, int>>& parts) {
              const int inputs = inputs_of(self.config, place), outputs = outputs_of(self.config, place);
              const Matrix& low = a.weights->matrix;
-             require(is_sized(*a.weights, low.num_outputs, inputs) && !parts.empty(), "an adapter has another size");
+             // low numbers are rounded in whole groups
+             require(is_sized(*a.weights, low.num_outputs, inputs) && low.num_outputs % kGroup == 0 && !parts.empty(),
+                     "an adapter has another size");
              AdapterGroup group{*a.weights, {}};
              for (const auto& [b, column, output] : parts) {
                const Matrix& m = b.weights->matrix;

@@ -44,11 +44,11 @@ float dot(const float* a, const float* b, int size) {
 
 }  // namespace
 
-void Model::times(const Weights& w, const Floats2d& x, int row, int num_rows, const Floats2d& y, int from, int to) {
+void Model::times(const Weights& w, const float* x, size_t x_stride, int num_rows, float* y, size_t y_stride, int from, int to) {
   Rows rows;
-  rows.values = x.row(row);
-  rows.stride = x.stride;
-  kernels->multiply(w.matrix, from, to, rows, num_rows, {y.row(row), y.stride, false, 1.0f}, {});
+  rows.values = x;
+  rows.stride = x_stride;
+  kernels->multiply(w.matrix, from, to, rows, num_rows, {y, y_stride, false, 1.0f}, {});
 }
 
 // What a successor makes of hidden states alone: a part of each mask's inner numbers, in `inner_`.
@@ -71,14 +71,12 @@ void Model::score_again(const float* hidden, int mask, int num, int before, cons
   const Weights& head = head_weights();
   unpack_row(embedding.matrix, before, both_.row(num));
   kernels->rms_norm(both_.row(num), ones_.data(), D, kEpsilon, both_.row(num));
-  times(s.from_before, both_, num, 1, inner_, 0, s.from_before.matrix.num_panels);
+  times(s.from_before, both_.row(num), both_.stride, 1, inner_.row(num), inner_.stride, 0, s.from_before.matrix.num_panels);
   for (int r = 0; r < R; ++r) {
     const float x = inner_.row(mask)[r] + inner_.row(num)[r];
     inner_.row(mask)[r] = x / (1.0f + std::exp(-x));
   }
-  Floats2d changed = changed_;
-  changed.values -= (size_t)mask * changed.stride;
-  times(s.outer, inner_, mask, 1, changed, 0, s.outer.matrix.num_panels);
+  times(s.outer, inner_.row(mask), inner_.stride, 1, changed_.row(0), changed_.stride, 0, s.outer.matrix.num_panels);
   for (int d = 0; d < D; ++d) changed_.row(0)[d] += hidden[(size_t)mask * D + d];
   threads_.run(count, [&](int i, int thread) {
     unpack_row(head.matrix, tokens[i], scratch_[thread].data());
@@ -90,7 +88,7 @@ void Model::rescore(const float* hidden, const float* logits, int before, int bu
   const Threads::Awake awake(threads_);
   greatest(*kernels, logits, config.vocab_size, but, count, tokens);
   begin_to_score(hidden, 1);
-  times(successor.from_hidden, both_, 0, 1, inner_, 0, successor.from_hidden.matrix.num_panels);
+  times(successor.from_hidden, both_.values, both_.stride, 1, inner_.values, inner_.stride, 0, successor.from_hidden.matrix.num_panels);
   score_again(hidden, 0, 1, before, tokens, count, scores);
 }
 
@@ -103,7 +101,7 @@ void Model::draft(const float* hidden, int num, const float* logits, size_t stri
   begin_to_score(hidden, num);
   const int num_panels = successor.from_hidden.matrix.num_panels;
   threads_.run(num + num_panels, [&](int j, int) {
-    if (j >= num) return times(successor.from_hidden, both_, 0, num, inner_, j - num, j - num + 1);
+    if (j >= num) return times(successor.from_hidden, both_.values, both_.stride, num, inner_.values, inner_.stride, j - num, j - num + 1);
     const float* row = logits + (size_t)j * stride;
     int* const tokens = &likely[(size_t)j * count];
     greatest(*kernels, row, V, but, count, tokens);
