@@ -43,7 +43,7 @@ LENGTHS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
 """Block lengths that are considered."""
 HARDLY = 0.02
 """A draft that is accepted with less than this chance makes no block worth its inputs, nor does any behind it."""
-LEAST_PRIOR = 0.3
+LEAST_PRIOR = 0.5
 """Of what a text suggests, at least so much is taken to be right until it shows."""
 LONGEST_QUOTE = 16
 """Inputs of a verification of what the text itself suggests, at most."""
