@@ -93,10 +93,12 @@ def decode(model, num, **knobs):
 def test_a_model_whose_block_view_knows_the_text_has_every_draft_accepted(predicts, causal, kind, block_length):
     knobs = {"mode": "self_spec", "self_spec_kind": kind, "block_length": block_length}
     out, rounds = decode(model(predicts, causal), 60, **knobs)
-    # the last round may be cut by the token limit after it was verified
-    assert {accepted for accepted, _ in rounds} == {block_length - 1}
     # an exact first place comes with the draft for nothing
     free = kind == "linear" and predicts == "next" and causal
+    # the last round may be cut by the token limit after it was verified; with an exact first place it drafts no further than that
+    assert {accepted for accepted, _ in rounds[:-1]} == {block_length - 1}
+    accepted, num_committed = rounds[-1]
+    assert accepted == block_length - 1 or (free and accepted >= num_committed - 1)
     per_round = block_length + free
     num_rounds = -(-(60 - (1 - free)) // per_round)
     forwards = {"linear": 2 * num_rounds - free, "quadratic": num_rounds}[kind]
@@ -111,7 +113,7 @@ def test_drafts_of_several_passes_see_what_earlier_passes_drafted(predicts, caus
     hesitant = model(predicts, causal, needs_neighbour=True)
     _, blind = decode(hesitant, 40, **knobs)
     _, careful = decode(hesitant, 40, threshold=0.9, **knobs)
-    assert {accepted for accepted, _ in careful} == {4}
+    assert {accepted for accepted, _ in careful[:-1]} == {4}  # the last one drafts as far as the answer goes
     assert sum(accepted for accepted, _ in blind) / len(blind) <= 2
 
 

@@ -51,6 +51,8 @@ class LinearSelfSpeculation(OneByOne):
             # one token is left, or the block has room for the anchor only: a draft would save nothing
             if not readable or (g.cached < len(g.prompt) and not exact) or g.num_left == 1 or length == 1:
                 return causal_step(g, "verify")
+            if exact:
+                length = min(length, g.num_left)  # what lies behind the answer's end need not be drafted
             g.canvas = [mask] * (length - 1)
             g.state = Draft()
             if exact:
