@@ -125,9 +125,10 @@ def test_float32_logits_are_those_of_torch_in_every_view(case, adapter, kernels)
 
 
 # Relative distance of all logits of a view. Random weights of this size turn softmaxes around: what they were seen to make of the
-# rounding of bfloat16 (2^-9) was at most 0.024, of int8's (1/254 of the greatest of 32 weights or activations) 0.124. Adapters
-# are compared as they are once rounded. That a product is exactly what its format says is another test's business.
-TOLERANCE = {"bfloat16": 0.05, "int8": 0.25, "s8": 0.25}
+# rounding of bfloat16 (2^-9) was at most 0.024, of int8's (1/254 of the greatest of 32 weights or activations) 0.207, of s8's (of up to
+# 192 weights) 0.277. Adapters are compared as they are once rounded. That a product is exactly what its format says is another test's
+# business.
+TOLERANCE = {"bfloat16": 0.05, "int8": 0.25, "s8": 0.45}
 
 
 @pytest.mark.parametrize("precision", TOLERANCE)
