@@ -17,6 +17,8 @@ class ServerLimits:
     """Longest prompt; None: the context is the limit."""
     max_answer_tokens: int = 4096
     """Longest answer, and the default of chats as far as the context has room."""
+    max_block_length: int = 128
+    """Longest block: a forward computes all of it, and everybody else waits for that."""
     max_choices: int = 16
     """Answers to one request: prompts times n."""
     requests_per_key: int | None = None

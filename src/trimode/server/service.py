@@ -270,6 +270,13 @@ class Service:
         default: int,
     ) -> list[Answer]:
         num = self._num_choices(n, len(prompts))
+        block = knobs.get("block_length", knobs.get("block_size"))
+        if isinstance(block, int) and block > self.limits.max_block_length:
+            raise ApiError(
+                400,
+                f"block_length must be at most {self.limits.max_block_length} here; got {block:,}.",
+                param="block_length",
+            )
         answers = []
         for ids in prompts:
             most = self.limits.max_prompt_tokens
