@@ -1,5 +1,6 @@
 """Tiny worlds: random models small enough to be run thousands of times."""
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from trimode.decoding.interface import Choice
 from trimode.model.config import ModelConfig, RopeConfig
 from trimode.model.lora import Lora
 from trimode.model.successor import Successor
@@ -141,6 +143,29 @@ def as_packed(lora, kind):
         return torch.stack([torch.from_numpy(matrix.row(i)) for i in range(len(weight))])
 
     return replace(lora, factors={place: (rounded(A), rounded(B)) for place, (A, B) in lora.factors.items()})
+
+
+CHOICES = [Choice("ar"), *(Choice(kind, n) for kind in ("linear", "quadratic", "lookup") for n in (2, 3, 5, 8))]
+
+
+class AnyChoice:
+    """What `auto` asks, choosing at random."""
+
+    def __init__(self, seed):
+        self._random = random.Random(seed)
+        self.notes = []
+
+    def choose(self, g, num_sharing, match):
+        return self._random.choice(CHOICES)
+
+    def note(self, g, num_drafted, num_accepted):
+        assert 0 <= num_accepted <= num_drafted
+        self.notes.append(num_accepted)
+
+    def note_cost(self, drafting, num_inputs, context, seconds):
+        assert context >= 0
+        assert num_inputs > 0
+        assert seconds > 0
 
 
 @contextmanager

@@ -60,7 +60,7 @@ class FakeModel:
         """Nothing has a cost here."""
 
     def notice(self, mode):
-        return None if mode == "ar" else "nobody trained this checkpoint's block view, so its drafts are poor"
+        return None if mode in ("ar", "auto") else "nobody trained this checkpoint's block view, so its drafts are poor"
 
     def _check(self, prompt, knobs):
         for knob in knobs:

@@ -2,13 +2,12 @@
 
 import itertools
 import json
-import random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.worlds import random_lora, tiny_model
+from tests.worlds import AnyChoice, random_lora, tiny_model
 from trimode.decoding.auto import Auto
 from trimode.decoding.interface import Choice
 from trimode.decoding.lookup import Match
@@ -24,30 +23,9 @@ from trimode.engine.cost import (
     measure_cost,
 )
 
-CHOICES = [Choice("ar"), *(Choice(kind, n) for kind in ("linear", "quadratic", "lookup") for n in (2, 3, 5, 8))]
 FLAT = CostTable(num_inputs=(1, 64, 128), causal_s=(1.0, 1.05, 1.1), drafting_s=(1.0, 1.05, 1.1))
 STEEP = CostTable(num_inputs=(1, 2, 128), causal_s=(1.0, 2.0, 128.0), drafting_s=(1.0, 2.0, 128.0))
 BENT = CostTable(num_inputs=(1, 8, 128), causal_s=(1.0, 1.1, 16.0), drafting_s=(1.0, 1.1, 16.0))
-
-
-class AnyChoice:
-    """Chooses at random."""
-
-    def __init__(self, seed):
-        self._random = random.Random(seed)
-        self.notes = []
-
-    def choose(self, g, num_sharing, match):
-        return self._random.choice(CHOICES)
-
-    def note(self, g, num_drafted, num_accepted):
-        assert 0 <= num_accepted <= num_drafted
-        self.notes.append(num_accepted)
-
-    def note_cost(self, drafting, num_inputs, context, seconds):
-        assert context >= 0
-        assert num_inputs > 0
-        assert seconds > 0
 
 
 def nothing(g):

@@ -149,6 +149,8 @@ def test_sampled_self_speculation_has_the_autoregressive_distribution(kind, trun
             **knobs,
         )
         counts.update(tuple(out.token_ids) for out in outs)
+        if kind == "lookup":
+            assert any(out.stats.acceptance_length and out.stats.acceptance_length > 1 for out in outs)
         accepted += sum(out.stats.tokens for out in outs)
         rounds += sum(out.stats.nfe_decode for out in outs)
     statistic, freedom = chi_square(counts, exact, total)

@@ -6,9 +6,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.laws.test_law_05_batch import KNOBS, REPEATING
-from tests.worlds import random_lora, tiny_config, tiny_model
+from tests.worlds import AnyChoice, random_lora, tiny_config, tiny_model
 from trimode.decoding.auto import Auto
-from trimode.decoding.interface import Choice
 from trimode.engine.engine import Engine, EngineLimits, Entry
 
 MODELS = [
@@ -191,23 +190,6 @@ def test_a_prompt_that_is_read_in_pieces_leaves_a_token_for_those_who_revise():
         while not engine.is_idle:
             engine.tick()
         assert entry.generation.new_tokens == converted.generate(list(entry.generation.prompt), **asked).token_ids
-
-
-class AnyChoice:
-    """Chooses at random."""
-
-    def __init__(self, seed):
-        self._random = random.Random(seed)
-
-    def choose(self, g, num_sharing, match):
-        kind = self._random.choice(["ar", "linear", "quadratic", "lookup", "lookup"])
-        return Choice(kind, 1 if kind == "ar" else self._random.randrange(2, 6))
-
-    def note(self, g, num_drafted, num_accepted):
-        pass
-
-    def note_cost(self, drafting, num_inputs, context, seconds):
-        pass
 
 
 def test_whatever_auto_chooses_and_whoever_is_crowded_out_answers_are_those_of_ar():

@@ -54,7 +54,7 @@ def _compare(runner: Any, prompt: str, limit: int, tracer: Tracer, *, json: bool
     outputs: dict[str, Any] = {}
     told: set[str] = set()
     for mode in MODES:
-        notice = None if mode == "auto" else runner.notice(mode)
+        notice = runner.notice(mode)
         if json:
             outputs[mode] = runner.generate(prompt, mode=mode, max_new_tokens=limit, **tracer.observing(runner))
             continue

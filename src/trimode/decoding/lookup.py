@@ -12,10 +12,8 @@ from weakref import WeakKeyDictionary
 from trimode.decoding.autoregressive import causal_step
 from trimode.decoding.block_diffusion import length_of_block
 from trimode.decoding.interface import Generation, OneByOne, Outcome, Predictions, Step, Traits
-from trimode.decoding.sampling import verify
-from trimode.decoding.self_speculation import Draft, one_token, verified
+from trimode.decoding.self_speculation import Draft, absorb_verification, one_token, verify_step
 from trimode.decoding.settings import Settings
-from trimode.model.views import Causal
 
 __all__ = ["LookupSelfSpeculation", "Match", "TextIndex"]
 
@@ -83,15 +81,12 @@ class LookupSelfSpeculation(OneByOne):
             if match is None or count < 1:
                 return causal_step(g, "decode")
             g.canvas, g.state = match.drafts(g.final, count), Draft()
-        tokens = g.uncached + tuple(g.canvas)
-        return Step(kind="verify", tokens=tokens, view=Causal(), after=tuple(range(len(tokens))))
+        return verify_step(g)
 
     def absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Outcome:
         if g.state is None:
             return one_token(g, predictions.after, len(step.tokens))
-        committed = verify(g.canvas, None, predictions.after, g)
-        g.canvas, g.state = [], None
-        return verified(g, committed, predictions.after)
+        return absorb_verification(g, predictions.after)
 
     def num_scratch(self, settings: Settings, traits: Traits) -> int:
         return settings.block_length or traits.block_length

@@ -25,7 +25,14 @@ from trimode.decoding.settings import Settings
 from trimode.decoding.unmasking import POLICIES, Candidates
 from trimode.model.views import BlockOverCausal, Causal, VerifyAndPredraft
 
-__all__ = ["Draft", "LinearSelfSpeculation", "QuadraticSelfSpeculation", "one_token", "verified"]
+__all__ = [
+    "Draft",
+    "LinearSelfSpeculation",
+    "QuadraticSelfSpeculation",
+    "absorb_verification",
+    "one_token",
+    "verify_step",
+]
 
 
 @dataclass(slots=True)
@@ -60,8 +67,7 @@ class LinearSelfSpeculation(OneByOne):
         places = [i for i, token in enumerate(g.canvas) if token == mask]
         if places:
             return block_step(g, "draft", g.canvas, places, g.traits.adapter_on_draft)
-        tokens = g.uncached + tuple(g.canvas)
-        return Step(kind="verify", tokens=tokens, view=Causal(), after=tuple(range(len(tokens))))
+        return verify_step(g)
 
     def absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Outcome:
         if g.state is None:
@@ -75,10 +81,7 @@ class LinearSelfSpeculation(OneByOne):
             outcome = one_token(g, predictions.after[:1], num_known)
             _fill_draft(g, draft, predictions.after[1:], *outcome.committed)
             return outcome
-        committed = verify(g.canvas, draft.q, predictions.after, g)
-        g.canvas, g.state = [], None
-        # the bonus token is final but not cached: it leads the next draft
-        return verified(g, committed, predictions.after)
+        return absorb_verification(g, predictions.after)
 
     def num_scratch(self, settings: Settings, traits: Traits) -> int:
         return settings.block_length or traits.block_length
@@ -90,7 +93,20 @@ def one_token(g: Generation, row: Rows, kept: int) -> Outcome:
     return Outcome(committed=(token,), kept=kept, logprobs=token_logprobs((token,), row, g))
 
 
-def verified(g: Generation, committed: list[int], rows: Rows) -> Outcome:
+def verify_step(g: Generation) -> Step:
+    """The draft at hand behind the last final token, causal."""
+    tokens = g.uncached + tuple(g.canvas)
+    return Step(kind="verify", tokens=tokens, view=Causal(), after=tuple(range(len(tokens))))
+
+
+def absorb_verification(g: Generation, rows: Rows) -> Outcome:
+    """What such a step made of the draft. The bonus token is final but not cached: it leads the next one."""
+    committed = verify(g.canvas, g.state.q, rows, g)
+    g.canvas, g.state = [], None
+    return _verified(g, committed, rows)
+
+
+def _verified(g: Generation, committed: list[int], rows: Rows) -> Outcome:
     """What a verification made final: the drafts that it accepted and one more."""
     return Outcome(
         committed=tuple(committed),
@@ -196,7 +212,7 @@ class QuadraticSelfSpeculation(OneByOne):
         committed = verify(g.canvas, draft.q, predictions.after[:num_verified], g)
         num_accepted = len(committed) - 1
         per_group = length_of_block(g) - 1
-        outcome = verified(g, committed, predictions.after)
+        outcome = _verified(g, committed, predictions.after)
         self._set_draft(g, drafts[num_accepted * per_group : (num_accepted + 1) * per_group], outcome.committed)
         return outcome
 

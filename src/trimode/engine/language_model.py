@@ -193,6 +193,10 @@ def _why_not_native(device: torch.device, why_not: str | None) -> str:
     return "attention= or backend='torch' asks for PyTorch." if why_not is None else why_not
 
 
+def _uses_block_view(mode: str, settings: Settings) -> bool:
+    return mode == "diffusion" or (mode == "self_spec" and settings.self_spec_kind != "lookup")
+
+
 class LanguageModel:
     """A checkpoint in memory. Calls share the weights and nothing else."""
 
@@ -266,11 +270,7 @@ class LanguageModel:
 
     def notice(self, mode: str) -> str | None:
         """One line that a user of this checkpoint in this mode should read, if there is one."""
-        if (
-            mode in ("diffusion", "self_spec")
-            and not self.config.trained_for_blocks
-            and self.config.mask_token_id is not None
-        ):
+        if mode in ("diffusion", "self_spec") and not self.config.trained_for_blocks:
             poor = "nobody has trained this checkpoint's block view yet, so its drafts are poor: "
             return poor + (
                 "self_spec is exact all the same, but slow" if mode == "self_spec" else "diffusion's text is noise"
@@ -451,8 +451,7 @@ class LanguageModel:
             decoder=decoder,
             constraint=constraint,
         )
-        uses_block_view = mode != "self_spec" or settings.self_spec_kind != "lookup"
-        notice = self.notice(mode) if uses_block_view else None
+        notice = self.notice(mode) if _uses_block_view(mode, settings) else None
         return Answer(generation, mode, AnswerText(self.tokenizer, generation), notice)
 
     def measure(self) -> None:
@@ -494,8 +493,7 @@ class LanguageModel:
         if mode == "auto":
             mode = "self_spec" if self._drafts_are_trained or settings.self_spec_kind == "lookup" else "ar"
         check_for_mode(knobs, mode)
-        needs_mask = mode == "diffusion" or (mode == "self_spec" and settings.self_spec_kind != "lookup")
-        if needs_mask and self.config.mask_token_id is None:
+        if self.config.mask_token_id is None and _uses_block_view(mode, settings):
             raise MissingMaskTokenError(
                 f"{self.name} names no mask token, so it can only decode mode='ar', or 'self_spec' with self_spec_kind='lookup'. "
                 "Convert it first, or set mask_token_id under 'trimode' in its config.json."

@@ -8,7 +8,7 @@ namespace trimode {
 namespace {
 
 constexpr int kRowsOfTask = 8;     // queries of heads that share their keys, at most, in one attention task
-constexpr int kTasksOfThread = 3;
+constexpr int kTasksOfThread = 3;  // of attention, at least, as far as there are queries
 constexpr int kHeadPanels = 64;    // panels of the output head that are looked at together: 1,024 logits a row lie in the first cache
 constexpr int kAheadPanels = 2;    // of the next piece of a product that are fetched at this one's end
 constexpr int kTile = 192;         // rows that stay near while the panels pass

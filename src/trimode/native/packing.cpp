@@ -152,8 +152,8 @@ void pack_floats(Weights& w, int first, int count, const float* rows) {
         float most = 0.0f;
         for (int k = from; k < to; ++k) most = std::max(most, std::fabs(row[k]));
         const uint16_t d = float_to_half(std::min(most / 127.0f, 65504.0f));
-        scales[(size_t)g * kLanes + lane] = d;
         const float scale = half_to_float(d);
+        scales[(size_t)g * kLanes + lane] = d;
         for (int k = from; k < to; ++k) {
           const float q = scale > 0.0f ? std::nearbyint(row[k] / scale) : 0.0f;
           put_byte(m, panel, lane, k, (uint8_t)(128 + (int)std::max(-127.0f, std::min(127.0f, q))));
