@@ -226,6 +226,10 @@ class Generation:
     finish_reason: str | None = None
     state: Any = None
     """Whatever the decoder must remember between steps."""
+    index: Any = None
+    """What its text holds, for a decoder that looks things up in it."""
+    memo: Any = None
+    """Whatever who chooses for `auto` remembers of it."""
     choice: Choice | None = None
     """What `auto` does now; None in every other mode."""
     choices: dict[str, int] = field(default_factory=dict)

@@ -7,7 +7,6 @@ as prompt lookup or n-gram speculation.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 from trimode.decoding.autoregressive import causal_step
 from trimode.decoding.block_diffusion import length_of_block
@@ -19,6 +18,8 @@ __all__ = ["LookupSelfSpeculation", "Match", "TextIndex"]
 
 SHORTEST, LONGEST = 2, 4
 """Tokens at the end of a text that are looked for; the longer the better."""
+MOST_PLACES = 16
+"""That are looked at, the latest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,40 +40,54 @@ class Match:
 
 
 class TextIndex:
-    """Where runs of a few tokens were last followed by something. The text only grows."""
+    """Where each pair of tokens was followed by something, place behind place. The text only grows."""
 
     def __init__(self) -> None:
-        self._places: dict[int, dict[tuple[int, ...], int]] = {n: {} for n in range(SHORTEST, LONGEST + 1)}
-        self._num_known = 0
+        self._latest: dict[tuple[int, int], int] = {}
+        self._before: list[int] = [0] * SHORTEST
+        """For each place the one before it that follows the same pair; 0: none does."""
+        self._num_read = -1
+        self._found: Match | None = None
 
     def match(self, text: Sequence[int]) -> Match | None:
-        """The latest place with the longest run that this text ends with."""
-        for n, places in self._places.items():
-            for i in range(max(self._num_known, n), len(text)):
-                places[tuple(text[i - n : i])] = i
-        self._num_known = len(text)
-        for n in range(min(LONGEST, len(text)), SHORTEST - 1, -1):
-            start = self._places[n].get(tuple(text[-n:]))
-            if start is not None:
-                return Match(n, start)
-        return None
+        """Of the latest places that follow the pair that this text ends with, the one with the longest run before it."""
+        if len(text) == self._num_read:
+            return self._found
+        latest, before = self._latest, self._before
+        for i in range(len(before), len(text)):
+            pair = (text[i - 2], text[i - 1])
+            before.append(latest.get(pair, 0))
+            latest[pair] = i
+        self._num_read = len(text)
+        self._found = self._longest(text) if len(text) >= SHORTEST else None
+        return self._found
+
+    def _longest(self, text: Sequence[int]) -> Match | None:
+        start = self._latest.get((text[-2], text[-1]), 0)
+        longest, found = 0, 0
+        for _ in range(MOST_PLACES):
+            if start == 0 or longest == LONGEST:
+                break
+            length = SHORTEST
+            while length < min(LONGEST, start) and text[start - length - 1] == text[-length - 1]:
+                length += 1
+            if length > longest:
+                longest, found = length, start
+            start = self._before[start]
+        return Match(longest, found) if found else None
 
 
 class LookupSelfSpeculation(OneByOne):
     """Verify what the text itself suggests, in one forward a round."""
-
-    def __init__(self) -> None:
-        self._indices: WeakKeyDictionary[Generation, TextIndex] = WeakKeyDictionary()
 
     def match(self, g: Generation) -> Match | None:
         """What the text so far suggests, if that can be verified next: a prompt is read first, and where one token is left a draft
         would save nothing."""
         if len(g.uncached) != 1 or g.cached < len(g.prompt) or g.num_left < 2:
             return None
-        index = self._indices.get(g)
-        if index is None:
-            index = self._indices[g] = TextIndex()
-        return index.match(g.final)
+        if g.index is None:
+            g.index = TextIndex()
+        return g.index.match(g.final)
 
     def plan_one(self, g: Generation) -> Step:
         if g.state is None:

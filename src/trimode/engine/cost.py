@@ -16,7 +16,6 @@ from math import inf, log2
 from pathlib import Path
 from statistics import median
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from trimode.decoding.auto import LARGEST_STEP
 from trimode.decoding.interface import Choice, Generation
@@ -336,17 +335,15 @@ class _Trials:
         self._begun_at = num_notes
         return self.choice
 
-    def going_on(self, num_notes: int) -> Choice | None:
-        """What is being tried and has told nothing yet: drafts do when they are verified, which may take two forwards."""
-        tells_nothing = self.choice is not None and self.choice.kind != "ar" and num_notes == self._begun_at
-        return self.choice if tells_nothing else None
+    def tells_nothing_yet(self, num_notes: int) -> bool:
+        """Whether what is being tried must go on: drafts tell when they are verified, which may take two forwards."""
+        return self.choice != Choice("ar") and num_notes == self._begun_at
 
     def end(self) -> None:
         """As much of the same as before, or twice as much, and the next one."""
-        if self.choice is not None:
-            self.choice, self._num_same = None, 0
-            if not self._drafts:
-                self._wait = min(2 * self._wait, PROBE_EVERY)
+        self.choice, self._num_same = None, 0
+        if not self._drafts:
+            self._wait = min(2 * self._wait, PROBE_EVERY)
 
     def note(self, drafts: bool) -> None:
         """What a round does that is no trial."""
@@ -393,7 +390,6 @@ class MeasuredChooser:
         self._all = Acceptance()
         self._quoted: dict[int, Acceptance] = {}
         """Of drafts that texts themselves suggested, by the length of the match."""
-        self._requests: WeakKeyDictionary[Generation, _Request] = WeakKeyDictionary()
 
     @property
     def costs(self) -> LatelySeen:
@@ -411,10 +407,10 @@ class MeasuredChooser:
             return Choice("ar")
         request = self._of(g)
         own, trials = request.own, request.trials
-        trial = trials.going_on(own.num_notes)
-        if trial is not None:
-            return trial
-        trials.end()
+        if trials.choice is not None:
+            if trials.tells_nothing_yet(own.num_notes):
+                return trials.choice
+            trials.end()
         is_trial = trials.is_due
         context = len(g.final) // CONTEXT * CONTEXT
         key = (own.num_notes, self.costs.version, num_sharing, context, is_trial)
@@ -443,10 +439,9 @@ class MeasuredChooser:
         of_all.note(num_drafted, num_accepted)
 
     def _of(self, g: Generation) -> _Request:
-        known = self._requests.get(g)
-        if known is None:
-            known = self._requests[g] = _Request()
-        return known
+        if g.memo is None:
+            g.memo = _Request()
+        return g.memo
 
     def _best_quote(self, request: _Request, match: Match, num_sharing: int, context: int) -> tuple[Choice, float]:
         """How much of what the text suggests is best verified, and the tokens a second that this promises."""

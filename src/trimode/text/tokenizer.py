@@ -51,6 +51,7 @@ class Tokenizer:
         one used by default is called `default`.
         """
         self._backend = backend
+        self._bytes: dict[int, bytes | None] = {}
         # Both are settings for training batches that some checkpoints left in their file: they would cut a prompt.
         backend.no_truncation()
         backend.no_padding()
@@ -179,6 +180,12 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes | None:
         """The bytes that this token adds to a text, or None: the id is unknown or the vocabulary is not byte-level."""
+        # every token of an answer asks; most ask again
+        if token_id not in self._bytes:
+            self._bytes[token_id] = self._read_bytes(token_id)
+        return self._bytes[token_id]
+
+    def _read_bytes(self, token_id: int) -> bytes | None:
         token = self.id_to_token(token_id) if self.is_byte_level else None
         if token is None:
             return None
