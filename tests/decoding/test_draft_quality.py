@@ -27,7 +27,7 @@ class ByHeart:
     With `needs_neighbour`, a mask whose left neighbour is a mask too has but a wrong and faint idea.
     """
 
-    dtype, device, precision = torch.float32, torch.device("cpu"), "float32"
+    dtype, device, precision, draft_head = torch.float32, torch.device("cpu"), "float32", None
 
     def __init__(self, config, *, shifted: bool, needs_neighbour: bool = False) -> None:
         self.config = config

@@ -224,7 +224,17 @@ def test_rejection_sampling_accepts_with_probability_p_over_q():
         assert abs(firsts[token] / total - float(p[token])) < 0.02
 
 
-@pytest.mark.parametrize("knobs", [{}, {"top_k": 5}, {"top_p": 0.7, "temperature": 0.6}, {"min_p": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {},
+        {"top_k": 5},
+        {"top_p": 0.7, "temperature": 0.6},
+        {"min_p": 0.1},
+        {"repetition_penalty": 1.5, "presence_penalty": 0.7},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("has_q", [True, False], ids=["q", "certain"])
 def test_places_that_are_looked_at_together_come_to_what_they_come_to_one_by_one(has_q, knobs):
     """Where logits lie on a device all places are judged before one is waited for: the same tokens, the same random numbers."""

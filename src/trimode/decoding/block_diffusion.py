@@ -28,11 +28,12 @@ from trimode.decoding.interface import (
     Step,
     TokenLogprob,
     Traits,
+    sent,
 )
 from trimode.decoding.sampling import (
     adjusted,
-    best_tokens,
     fill_from_left,
+    likeliest,
     next_token,
     pick,
     token_logprobs,
@@ -123,21 +124,25 @@ def denoise(generation: Generation, progress: Progress, rows: Rows) -> int:
 
     before = list(canvas)
     masked = [j for j, place in enumerate(places) if canvas[place] == traits.mask_token_id]
-    filled = [j for j, place in enumerate(places) if canvas[place] != traits.mask_token_id]
-    revised = 0
-    if settings.editing_threshold is not None and filled:
-        revised = _revise(
-            generation, progress, [places[j] for j in filled], [tokens[j] for j in filled], confidence[filled]
-        )
+    taken = _sure_enough(generation, confidence)
     if masked:
-        _fill(
-            generation,
-            progress,
-            [places[j] for j in masked],
-            [tokens[j] for j in masked],
-            confidence[masked],
-            rows[masked],
-        )
+        chosen = _chosen(generation, progress, [places[j] for j in masked], masked, tokens, confidence, rows)
+        taken = chosen if len(masked) == len(places) else taken.index_copy(0, sent(masked, taken.device), chosen)
+    # on a device the only wait, unless arg-maxima were asked for
+    told = torch.stack((tokens.double(), confidence.double(), taken.double())).tolist()
+    filling = set(masked)
+    revised = 0
+    for j, (place, token, sure, take) in enumerate(zip(places, map(int, told[0]), *told[1:], strict=True)):
+        if not take or token == canvas[place]:
+            continue
+        if j not in filling:
+            # behind a wrong token the causal view doubts what was right: where that view revises, one token a pass
+            if revised and traits.first_is_exact:
+                continue
+            revised += 1
+        canvas[place] = token
+        progress.confidence[place] = sure
+    if masked:
         progress.step += 1
     else:
         progress.post_step += 1
@@ -148,8 +153,8 @@ def denoise(generation: Generation, progress: Progress, rows: Rows) -> int:
     return revised
 
 
-def _choices(generation: Generation, progress: Progress, places: list[int], rows: Rows) -> tuple[list[int], Tensor]:
-    """A token for each of these places, and how sure each is."""
+def _choices(generation: Generation, progress: Progress, places: list[int], rows: Rows) -> tuple[Tensor, Tensor]:
+    """A token for each of these places, and how sure each is; both where that was found."""
     settings, traits = generation.settings, generation.traits
     head = rows.draft_head if traits.first_is_exact and traits.adapter_on_denoise == "masks" else None
     is_greedy = (
@@ -157,36 +162,34 @@ def _choices(generation: Generation, progress: Progress, places: list[int], rows
     )
     if head is not None and is_greedy and traits.mask_token_id in generation.canvas:
         return _linked_choices(generation, places, rows, head)
+    # how sure: as the reference, the untempered softmax with the mask in it, rounded to the model's dtype
+    if is_greedy:
+        return likeliest(rows, generation)
     tokens = _chosen_tokens(generation, progress, places, rows)
-    # as the reference: the untempered softmax with the mask in it, rounded to the model's dtype
     return tokens, rows.probabilities(tokens)
 
 
-def _linked_choices(generation: Generation, places: list[int], rows: Rows, head: DraftHead) -> tuple[list[int], Tensor]:
+def _linked_choices(generation: Generation, places: list[int], rows: Rows, head: DraftHead) -> tuple[Tensor, Tensor]:
     """The same for masked places, each chosen behind the one before it. Masks in a row are as sure as all of them up to there."""
-    assert rows.hidden is not None
-    tokens = best_tokens(rows, generation)
-    sure = rows.probabilities(tokens)
+    tokens, sure = likeliest(rows, generation)
     starts = [j for j, place in enumerate(places) if j == 0 or place != places[j - 1] + 1]
     for start, end in zip(starts, [*starts[1:], len(places)], strict=True):
         if places[start] == 0:
             # exact, and needs no second thought; what follows it hangs on it
-            before, first = tokens[start], start + 1
+            before, first = tokens[start : start + 1], start + 1
         else:
             before, first = generation.canvas[places[start] - 1], start
         if first < end:
             own = slice(first, end)
-            tokens[own], probabilities = head.draft(rows.hidden[own], rows.logits[own], before)
-            sure[own] = torch.tensor(probabilities, dtype=sure.dtype, device=sure.device).cumprod(dim=0)
+            drafts, probabilities = head.drafted(rows.hidden[own], rows.logits[own], before).to(sure.device)
+            tokens[own], sure[own] = drafts.long(), probabilities.to(sure.dtype).cumprod(dim=0)
     return tokens, sure
 
 
-def _chosen_tokens(generation: Generation, progress: Progress, places: list[int], rows: Rows) -> list[int]:
-    """A token for each of these places."""
+def _chosen_tokens(generation: Generation, progress: Progress, places: list[int], rows: Rows) -> Tensor:
+    """A token for each of these places, where the logits lie."""
     settings, canvas, mask = generation.settings, generation.canvas, generation.traits.mask_token_id
     history = [*generation.final, *(token for token in canvas if token != mask)]
-    if settings.temperature == 0 and not settings.has_penalty and not progress.banned:
-        return best_tokens(rows, generation, history)
     scores = adjusted(rows.logits, generation, history)
     if settings.has_penalty:
         for j, place in enumerate(places):
@@ -195,10 +198,10 @@ def _chosen_tokens(generation: Generation, progress: Progress, places: list[int]
                 others = [t for i, t in enumerate(canvas) if i != place and t != mask]
                 scores[j : j + 1] = adjusted(rows.logits[j : j + 1], generation, [*generation.final, *others])
     if progress.banned:
-        scores[:, list(progress.banned)] = float("-inf")
+        scores.index_fill_(1, sent(progress.banned, scores.device), float("-inf"))
     if settings.temperature == 0:
-        return scores.argmax(dim=-1).tolist()
-    return pick(truncated_distribution(scores, settings), uniform(generation, len(places))).tolist()
+        return scores.argmax(dim=-1)
+    return pick(truncated_distribution(scores, settings), uniform(generation, len(places)))
 
 
 def _fill_in_order(generation: Generation, progress: Progress, places: list[int], rows: Rows) -> None:
@@ -232,61 +235,54 @@ def _logprobs_of(generation: Generation, progress: Progress, tokens: Sequence[in
     return tuple(progress.logprobs.get(i, TokenLogprob(token, 0.0)) for i, token in enumerate(tokens))
 
 
-def _fill(
+def _sure_enough(generation: Generation, confidence: Tensor) -> Tensor:
+    """Of these places: where another token may replace what stands there."""
+    bound = generation.settings.editing_threshold
+    if bound is None:
+        return torch.zeros_like(confidence, dtype=torch.bool)
+    # in the confidence's own dtype, as the reference
+    return confidence >= torch.full((), bound, dtype=confidence.dtype, device=confidence.device)
+
+
+def _chosen(
     generation: Generation,
     progress: Progress,
     places: list[int],
-    tokens: list[int],
+    which: list[int],
+    tokens: Tensor,
     confidence: Tensor,
     rows: Rows,
-) -> None:
+) -> Tensor:
+    """Of these masked places, whose rows are `which`: those that are filled now."""
     settings = generation.settings
+    if len(which) < len(rows):
+        index = sent(which, confidence.device)
+        tokens, confidence, rows = tokens[index], confidence[index], rows[which]
+    if progress.step + 1 >= progress.num_steps:
+        return torch.ones_like(confidence, dtype=torch.bool)
     is_exact = generation.traits.first_is_exact and places[0] == 0
+    if is_exact:
+        # it is filled in any case, so a policy that fills one place at least shall find no other instead
+        confidence = torch.cat((torch.ones_like(confidence[:1]), confidence[1:]))
     candidates = Candidates(
-        # the exact place is filled in any case, so a policy that fills one place at least shall find no other instead
-        confidence=confidence if not is_exact else confidence.index_fill(0, torch.tensor(0), 1.0),
-        scores=rows.logits.float if not is_exact else lambda: _certain_first(rows.logits.float(), tokens[0]),
+        confidence=confidence,
+        scores=rows.logits.float if not is_exact else lambda: _certain_first(rows.logits.float(), tokens),
         quota=quota(progress.num_masked, progress.num_steps, progress.step),
         threshold=DEFAULT_THRESHOLD if settings.threshold is None else settings.threshold,
         entropy_bound=DEFAULT_ENTROPY_BOUND if settings.entropy_bound is None else settings.entropy_bound,
         random=generation.random,
     )
-    is_last = progress.step + 1 >= progress.num_steps
-    chosen = torch.ones(len(places), dtype=torch.bool) if is_last else POLICIES[settings.unmasking](candidates)
+    chosen = POLICIES[settings.unmasking](candidates)
     if is_exact:
         chosen[0] = True
-    for place, token, sure, take in zip(places, tokens, confidence.tolist(), chosen.tolist(), strict=True):
-        if take:
-            generation.canvas[place] = token
-            progress.confidence[place] = sure
+    return chosen.to(confidence.device)
 
 
-def _certain_first(scores: Tensor, token: int) -> Tensor:
-    """Scores by which the first place can only be this token."""
+def _certain_first(scores: Tensor, tokens: Tensor) -> Tensor:
+    """Scores by which the first place can only be the first of these tokens."""
     first = torch.full_like(scores[:1], float("-inf"))
-    first[0, token] = 0.0
+    first.scatter_(1, sent(tokens[:1], scores.device)[:, None], 0.0)
     return torch.cat((first, scores[1:]))
-
-
-def _revise(
-    generation: Generation, progress: Progress, places: list[int], tokens: list[int], confidence: Tensor
-) -> int:
-    """Replace what stands at these places where another token is sure enough; returns how often.
-
-    A view that sees what lies behind a place too revises all at once. The causal view of a model whose first place is exact does not:
-    behind a wrong token it doubts what was right, so one pass replaces the leftmost only, and the next judges anew what follows.
-    """
-    bound = torch.tensor(generation.settings.editing_threshold, dtype=confidence.dtype, device=confidence.device)
-    sure_enough = (confidence >= bound).tolist()
-    num_revised = 0
-    for place, token, sure, take in zip(places, tokens, confidence.tolist(), sure_enough, strict=True):
-        if take and token != generation.canvas[place]:
-            generation.canvas[place] = token
-            progress.confidence[place] = sure
-            num_revised += 1
-            if generation.traits.first_is_exact:
-                break
-    return num_revised
 
 
 def wants_revision(generation: Generation, progress: Progress) -> bool:
@@ -339,14 +335,19 @@ class BlockDiffusion(OneByOne):
         """Commit what was tried as far as the causal view says the same, its own choice behind that, and what is sure behind all that
         was tried. What is less sure is tried next."""
         tried = g.state.tried
-        committed = verify(tried, None, rows[: len(tried) + 1], g)
-        sure = rows[: len(committed)].probabilities(committed).tolist()
+        drafts: list[int] | None = None
+        probabilities: list[float] = []
+        if rows.best is None and rows.logits.device.type != "cpu":
+            committed, sure, drafts, probabilities = _read_at_once(tried, rows, head, g)
+        else:
+            committed = verify(tried, None, rows[: len(tried) + 1], g)
+            sure = rows[: len(committed)].probabilities(committed).tolist()
         num_right = len(committed) - 1
         g.canvas, g.state = [], None
         if num_right == len(tried) and len(committed) < len(rows) and not g.ends_with(committed[-1]):
-            assert rows.hidden is not None
-            own = slice(len(committed), len(rows))
-            drafts, probabilities = head.draft(rows.hidden[own], rows.logits[own], committed[-1])
+            if drafts is None:
+                own = slice(len(committed), len(rows))
+                drafts, probabilities = head.draft(rows.hidden[own], rows.logits[own], committed[-1])
             together = list(accumulate(probabilities, mul))
             bound = DEFAULT_THRESHOLD if g.settings.threshold is None else g.settings.threshold
             num_sure = sum(p >= bound for p in together)
@@ -383,6 +384,20 @@ class BlockDiffusion(OneByOne):
 
     def num_scratch(self, settings: Settings, traits: Traits) -> int:
         return settings.block_length or traits.block_length
+
+
+def _read_at_once(
+    tried: Sequence[int], rows: Rows, head: DraftHead, g: Generation
+) -> tuple[list[int], list[float], list[int], list[float]]:
+    """What the causal view says as far as it agrees with what was tried, how sure it is, and the drafts behind all of that with their
+    probabilities: on a device one wait, where nothing is saved by not drafting behind what turns out wrong."""
+    n = len(tried)
+    best, sure = likeliest(rows[: n + 1], g)
+    drafted = head.drafted(rows.hidden[n + 1 :], rows.logits[n + 1 :], best[n:])
+    told = torch.cat((torch.stack((best.double(), sure.double())), drafted), dim=1).tolist()
+    tokens = [int(token) for token in told[0]]
+    num_right = next((i for i in range(n) if tokens[i] != tried[i]), n)
+    return tokens[: num_right + 1], told[1][: num_right + 1], tokens[n + 1 :], told[1][n + 1 :]
 
 
 def _may_try(g: Generation) -> bool:

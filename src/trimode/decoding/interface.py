@@ -30,7 +30,16 @@ __all__ = [
     "Tally",
     "TokenLogprob",
     "Traits",
+    "sent",
 ]
+
+
+def sent(numbers: Sequence[Any] | Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Numbers of the host on a device, without waiting for what that has to do yet: out of pageable memory a copy would."""
+    tensor = torch.as_tensor(numbers, dtype=dtype)
+    if device.type == "cuda" and tensor.device != device:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +88,11 @@ class DraftHead(Protocol):
         each token is behind those before it."""
         ...
 
-    def rescored(self, hidden: Any, logits: Tensor, before: int) -> Tensor:
+    def drafted(self, hidden: Any, logits: Tensor, before: int | Tensor) -> Tensor:
+        """The same, unread: float64 [2, n] where the logits lie; `before` may lie there too ([1])."""
+        ...
+
+    def rescored(self, hidden: Any, logits: Tensor, before: int | Tensor) -> Tensor:
         """One mask's logits behind the token `before`: of hidden [1, D] and logits [1, V] others [1, V]."""
         ...
 
@@ -111,17 +124,29 @@ class Rows:
         best = self.best
         if best is not None:
             best = best[which] if isinstance(which, slice) else tuple(best[i] for i in which)
-        beside = (None if x is None else x[which] for x in (self.logsumexp, self.best_logits, self.hidden))
-        return Rows(self.logits[which], best, *beside, draft_head=self.draft_head)
 
-    def probabilities(self, tokens: Sequence[int]) -> Tensor:
-        """[n] of one token a row, under the untempered distribution with the mask in it, in the model's dtype."""
-        if self.best_logits is not None and self.logsumexp is not None and tuple(tokens) == self.best:
-            # all of it is on the host already
+        def part(x: Any) -> Any:
+            if x is None:
+                return None
+            scattered = isinstance(which, list) and isinstance(x, Tensor)
+            return x[sent(which, x.device)] if scattered else x[which]
+
+        beside = map(part, (self.logsumexp, self.best_logits, self.hidden))
+        return Rows(part(self.logits), best, *beside, draft_head=self.draft_head)
+
+    def probabilities(self, tokens: Sequence[int] | Tensor) -> Tensor:
+        """[n] of one token a row, under the untempered distribution with the mask in it, in the model's dtype. Where the logits lie,
+        but on the host for the arg-maxima if they are known there."""
+        is_known = not isinstance(tokens, Tensor) and tuple(tokens) == self.best
+        if is_known and self.best_logits is not None and self.logsumexp is not None:
             return (self.best_logits - self.logsumexp).exp().to(self.logits.dtype)
-        chosen = self.logits.gather(-1, torch.tensor(tokens, device=self.logits.device)[:, None])[:, 0].float()
-        total = self.logits.float().logsumexp(dim=-1) if self.logsumexp is None else self.logsumexp
-        return (chosen.to(total.device) - total).exp().to(self.logits.dtype)
+        device = self.logits.device
+        chosen = self.logits.gather(-1, sent(tokens, device, torch.long)[:, None])[:, 0].float()
+        if self.logsumexp is not None and self.logsumexp.device == device:
+            total = self.logsumexp
+        else:
+            total = self.logits.float().logsumexp(dim=-1)
+        return (chosen - total).exp().to(self.logits.dtype)
 
 
 @dataclass(frozen=True, slots=True)

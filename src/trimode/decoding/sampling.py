@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from trimode.decoding.interface import DraftHead, Generation, Rows, TokenLogprob
+from trimode.decoding.interface import DraftHead, Generation, Rows, TokenLogprob, sent
 from trimode.decoding.settings import Settings
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "best_tokens",
     "draft_tokens",
     "fill_from_left",
+    "likeliest",
     "next_token",
     "pick",
     "scores_after",
@@ -25,6 +26,7 @@ __all__ = [
     "truncated_distribution",
     "uniform",
     "verify",
+    "verify_and_draft",
 ]
 
 
@@ -41,10 +43,10 @@ def adjusted(
     if mask >= 0:
         out[:, mask] = float("-inf")
     if settings.logit_bias:
-        ids = torch.tensor(list(settings.logit_bias), device=out.device)
-        out[:, ids] += torch.tensor(list(settings.logit_bias.values()), dtype=out.dtype, device=out.device)
+        ids = sent(list(settings.logit_bias), out.device)
+        out[:, ids] += sent(list(settings.logit_bias.values()), out.device, out.dtype)
     if settings.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(generation.final if history is None else history)), device=out.device)
+        seen = sent(sorted(set(generation.final if history is None else history)), out.device)
         scores = out[:, seen]
         p = settings.repetition_penalty
         out[:, seen] = torch.where(scores > 0, scores / p, scores * p)
@@ -52,7 +54,7 @@ def adjusted(
         answer = (generation.final if history is None else history)[len(generation.prompt) :]
         said, times = torch.tensor(list(answer), dtype=torch.long).unique(return_counts=True)
         less = settings.presence_penalty + settings.frequency_penalty * times.to(out.dtype)
-        out[:, said.to(out.device)] -= less.to(out.device)
+        out[:, sent(said, out.device)] -= sent(less, out.device)
     return out
 
 
@@ -64,12 +66,21 @@ def best_tokens(rows: Rows, generation: Generation, history: Sequence[int] | Non
     return adjusted(rows.logits, generation, history).argmax(dim=-1).tolist()
 
 
+def likeliest(rows: Rows, generation: Generation, history: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+    """The arg-max of each row's adjusted logits, and how probable it is, both where they were found."""
+    settings = generation.settings
+    if rows.best is not None and not settings.has_penalty and not settings.logit_bias:
+        return torch.tensor(rows.best), rows.probabilities(rows.best)
+    tokens = adjusted(rows.logits, generation, history).argmax(dim=-1)
+    return tokens, rows.probabilities(tokens)
+
+
 def scores_after(logits: Float[Tensor, "1 V"], generation: Generation, history: Sequence[int]) -> Float[Tensor, "1 V"]:
     """Adjusted logits of the place behind this very history, without what the request's constraint forbids there."""
     scores = adjusted(logits, generation, history)
     if generation.constraint is not None:
         allowed = generation.constraint.allowed(history[len(generation.prompt) :])
-        scores[:, ~allowed.to(scores.device)] = float("-inf")
+        scores.masked_fill_(sent(~allowed, scores.device), float("-inf"))
     return scores
 
 
@@ -80,9 +91,11 @@ def token_logprobs(tokens: Sequence[int], rows: Rows, generation: Generation) ->
         return ()
     logprobs = rows.logits[: len(tokens)].float().log_softmax(dim=-1)
     values, ids = logprobs.topk(num_best, dim=-1)
+    own = logprobs.gather(-1, sent(tokens, logprobs.device, torch.long)[:, None])
+    told = torch.cat((own.double(), values.double(), ids.double()), dim=-1).tolist() if len(tokens) else []
     return tuple(
-        TokenLogprob(token, float(row[token]), tuple(zip(best_ids, best, strict=True)))
-        for token, row, best_ids, best in zip(tokens, logprobs, ids.tolist(), values.tolist(), strict=True)
+        TokenLogprob(token, row[0], tuple(zip(map(int, row[1 + num_best :]), row[1 : 1 + num_best], strict=True)))
+        for token, row in zip(tokens, told, strict=True)
     )
 
 
@@ -116,7 +129,7 @@ def uniform(generation: Generation, count: int = 1) -> Tensor:
 def pick(p: Float[Tensor, "T V"], u: Float[Tensor, " T"]) -> Int[Tensor, " T"]:
     """One token a row: where the cumulative distribution passes u."""
     cumulative = p.cumsum(dim=-1)
-    target = u.to(p.device, non_blocking=True)[:, None] * cumulative[:, -1:]
+    target = sent(u, p.device)[:, None] * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, target, right=True)[:, 0]
     # rounding may carry u past the last token with any probability
     last = p.shape[-1] - 1 - (p > 0).flip(-1).to(torch.uint8).argmax(dim=-1)
@@ -155,19 +168,98 @@ def draft_tokens(rows: Rows, generation: Generation, *before: int) -> tuple[list
     `before`: tokens that become final in this step and precede the places."""
     settings = generation.settings
     history = [*generation.final, *before]
-    head = rows.draft_head if generation.traits.adapter_on_draft != "none" else None
+    head = _draft_head(rows, generation)
     is_plain = generation.constraint is None and not settings.has_penalty and not settings.logit_bias
     if settings.temperature == 0 and is_plain:
-        if head is None or rows.hidden is None:
+        if head is None:
             return best_tokens(rows, generation), None
         return head.draft(rows.hidden, rows.logits, history[-1])[0], None
-    if generation.constraint is not None or head is not None:
+    if generation.constraint is not None or (head is not None and settings.has_penalty):
         return _draft_in_order(rows, head, generation, history)
-    scores = adjusted(rows.logits, generation)
-    if settings.temperature == 0:
-        return scores.argmax(dim=-1).tolist(), None
-    q = truncated_distribution(scores, settings)
-    return pick(q, uniform(generation, len(q))).tolist(), q
+    u = uniform(generation, len(rows)) if settings.temperature > 0 else None
+    tokens, q = _drafted(rows, head, generation, history[-1], u)
+    return tokens.tolist(), q
+
+
+def verify_and_draft(
+    drafts: Sequence[int], q: Tensor | None, rows: Rows, ahead: Rows, generation: Generation
+) -> tuple[list[int], list[int], Tensor | None]:
+    """What `verify` makes final, and what `draft_tokens` makes of the masks behind it: of the rows `ahead`, as many for each way that
+    the verification may end. Where they lie on a device all is read at once."""
+    n = len(drafts)
+    per_group = len(ahead) // (n + 1)
+    head = _draft_head(ahead, generation)
+    settings = generation.settings
+    is_told = rows.best is not None and settings.temperature == 0 and not settings.has_penalty
+    in_order = not _may_be_judged_at_once(generation) or (head is not None and settings.has_penalty)
+    if is_told or in_order or rows.logits.device.type == "cpu":
+        committed = verify(drafts, q, rows, generation)
+        start = (len(committed) - 1) * per_group
+        return committed, *draft_tokens(ahead[start : start + per_group], generation, *committed)
+    before = generation.random.get_state()
+    u = _uniform_there(rows, generation, n + 1 + per_group)
+    accepted, others = _judged(drafts, q, rows, generation, u)
+    num = accepted.long().cumprod(dim=0).sum().view(1)
+    token = others.index_select(0, num)
+    step = torch.arange(per_group, device=num.device)
+    group = num * per_group + step
+    own = Rows(
+        ahead.logits.index_select(0, group),
+        hidden=None if ahead.hidden is None else ahead.hidden.index_select(0, group),
+        draft_head=ahead.draft_head,
+    )
+    # as many random numbers are used up as place by place
+    u_ahead = None if u is None else u.index_select(0, (num + 2).clamp(max=n + 1) + step)
+    tokens, q_ahead = _drafted(own, head, generation, token, u_ahead)
+    num_accepted, bonus, *new = torch.cat((num, token, tokens)).tolist()
+    if u is not None:
+        generation.random.set_state(before)
+        uniform(generation, min(num_accepted + 2, n + 1) + per_group)
+    return [*drafts[:num_accepted], bonus], new, q_ahead
+
+
+def _may_be_judged_at_once(generation: Generation) -> bool:
+    """Whether nothing has to be asked, token by token, before it is known what a row comes to."""
+    return generation.constraint is None and generation.settings.max_thinking_tokens is None
+
+
+def _draft_head(rows: Rows, generation: Generation) -> DraftHead | None:
+    return rows.draft_head if generation.traits.adapter_on_draft != "none" and rows.hidden is not None else None
+
+
+def _uniform_there(rows: Rows, generation: Generation, count: int) -> Tensor | None:
+    """Random numbers where the logits lie; None: greedy."""
+    return sent(uniform(generation, count), rows.logits.device) if generation.settings.temperature > 0 else None
+
+
+def _likeliest_or_drawn(scores: Tensor, generation: Generation, u: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A token a row where these adjusted logits lie, and the distributions that they were drawn from with the numbers u; None:
+    greedy."""
+    if u is None:
+        return scores.argmax(dim=-1), None
+    p = truncated_distribution(scores, generation.settings)
+    return pick(p, u), p
+
+
+def _drafted(
+    rows: Rows, head: DraftHead | None, generation: Generation, before: int | Tensor, u: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """`draft_tokens`, unread and with random numbers given, for rows that stand alone. before: the token that precedes them, which may
+    lie where they do."""
+    if head is None:
+        return _likeliest_or_drawn(adjusted(rows.logits, generation), generation, u)
+    if u is None and not generation.settings.logit_bias:
+        return head.drafted(rows.hidden, rows.logits, before)[0].long(), None
+    tokens, distributions = [], []
+    for j in range(len(rows)):
+        own = slice(j, j + 1)
+        logits = head.rescored(rows.hidden[own], rows.logits[own], before)
+        before, q = _likeliest_or_drawn(adjusted(logits, generation), generation, None if u is None else u[own])
+        tokens.append(before)
+        distributions.append(q)
+    if not tokens:
+        return torch.empty(0, dtype=torch.long, device=rows.logits.device), None
+    return torch.cat(tokens), None if u is None else torch.cat(distributions)
 
 
 def _draft_in_order(
@@ -178,7 +270,7 @@ def _draft_in_order(
     distributions = []
     for j in range(len(rows)):
         logits = rows.logits[j : j + 1]
-        if head is not None and rows.hidden is not None:
+        if head is not None:
             logits = head.rescored(rows.hidden[j : j + 1], logits, (history + tokens)[-1])
         scores = scores_after(logits, generation, history + tokens)
         if generation.settings.temperature == 0:
@@ -237,16 +329,14 @@ def verify(
     settings = generation.settings
     history = list(generation.final)
     start = len(history)
-    rows_stand_alone = (
-        generation.constraint is None and not settings.has_penalty and settings.max_thinking_tokens is None
-    )
-    if settings.temperature == 0 and rows_stand_alone:
+    stand_alone = _may_be_judged_at_once(generation)
+    if settings.temperature == 0 and not settings.has_penalty and stand_alone:
         best = best_tokens(rows, generation)
         num = 0
         while num < len(drafts) and drafts[num] == best[num]:
             num += 1
         return best[: num + 1]
-    if rows_stand_alone and (rows.logits.device.type != "cpu" if at_once is None else at_once):
+    if stand_alone and (rows.logits.device.type != "cpu" if at_once is None else at_once):
         return _verify_at_once(drafts, q, rows, generation)
     for i in range(len(drafts) + 1):
         draft = drafts[i] if i < len(drafts) else None
@@ -277,25 +367,41 @@ def _accept_or_redraw(draft: int, p: Tensor, q: Tensor | None, generation: Gener
 
 
 def _verify_at_once(drafts: Sequence[int], q: Tensor | None, rows: Rows, generation: Generation) -> list[int]:
-    """What each place would come to if it were reached, in one tensor: place i takes the i-th random number to accept its draft, the
-    next one to draw another token."""
-    n, device = len(drafts), rows.logits.device
+    """All places looked at together."""
+    n = len(drafts)
     before = generation.random.get_state()
-    # a copy that may block would itself wait for all that was begun
-    u = uniform(generation, n + 1).to(device, non_blocking=True)
-    p = truncated_distribution(adjusted(rows.logits, generation), generation.settings)
-    places = torch.tensor(drafts, dtype=torch.long).to(device, non_blocking=True)[:, None]
-    p_draft = p[:n].gather(-1, places)[:, 0]
-    if q is None:
-        accepted, residual = u[:n] < p_draft, p[:n].scatter(-1, places, 0.0)
+    u = _uniform_there(rows, generation, n + 1)
+    accepted, others = _judged(drafts, q, rows, generation, u)
+    told = torch.cat([accepted.long(), others]).tolist()
+    num_accepted = next((i for i in range(n) if not told[i]), n)
+    if u is not None:
+        # as many random numbers are used up as place by place
+        generation.random.set_state(before)
+        uniform(generation, min(num_accepted + 2, n + 1))
+    return [*drafts[:num_accepted], told[n + num_accepted]]
+
+
+def _judged(
+    drafts: Sequence[int], q: Tensor | None, rows: Rows, generation: Generation, u: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """For each draft whether it is accepted if those before it are [n], and what stands in its place if not, or behind all of them
+    [n + 1]. Of the random numbers u place i takes the i-th to accept its draft, the next one to draw another token; None: greedy."""
+    n, device = len(drafts), rows.logits.device
+    places = sent(drafts, device, torch.long)
+    if generation.settings.has_penalty:
+        histories = [[*generation.final, *drafts[:i]] for i in range(n + 1)]
+        scores = torch.cat([adjusted(rows.logits[i : i + 1], generation, histories[i]) for i in range(n + 1)])
     else:
-        accepted, residual = u[:n] * q.gather(-1, places)[:, 0] < p_draft, (p[:n] - q).clamp(min=0.0)
+        scores = adjusted(rows.logits, generation)
+    others, p = _likeliest_or_drawn(scores, generation, u if u is None else u[: n + 1])
+    if u is None or p is None:
+        return others[:n] == places, others
+    p_draft = p[:n].gather(-1, places[:, None])[:, 0]
+    if q is None:
+        accepted, residual = u[:n] < p_draft, p[:n].scatter(-1, places[:, None], 0.0)
+    else:
+        accepted = u[:n] * q.gather(-1, places[:, None])[:, 0] < p_draft
+        residual = (p[:n] - q).clamp(min=0.0)
     # nothing is left: p equals q up to rounding, and the draft is as good a draw as any
     accepted |= residual.sum(dim=-1) <= 0.0
-    drawn = pick(torch.cat([residual, p[n:]]), torch.cat([u[1:], u[n:]]))
-    told = torch.cat([accepted.long(), drawn]).tolist()
-    num_accepted = next((i for i in range(n) if not told[i]), n)
-    # as many random numbers are used up as place by place
-    generation.random.set_state(before)
-    uniform(generation, min(num_accepted + 2, n + 1))
-    return [*drafts[:num_accepted], told[n + num_accepted]]
+    return accepted, pick(torch.cat([residual, p[n:]]), torch.cat([u[1 : n + 1], u[n : n + 1]]))

@@ -7,6 +7,7 @@ check may end; 1 forward a round, B * (B + 1) inputs wide.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from trimode.decoding.autoregressive import causal_step
@@ -14,12 +15,13 @@ from trimode.decoding.block_diffusion import LONGEST_MIXED_PREFILL, block_step, 
 from trimode.decoding.interface import Generation, OneByOne, Outcome, Predictions, Rows, Step, Traits
 from trimode.decoding.sampling import (
     adjusted,
-    best_tokens,
     draft_tokens,
     fill_from_left,
+    likeliest,
     next_token,
     token_logprobs,
     verify,
+    verify_and_draft,
 )
 from trimode.decoding.settings import Settings
 from trimode.decoding.unmasking import POLICIES, Candidates
@@ -78,6 +80,8 @@ class LinearSelfSpeculation(OneByOne):
             return Outcome()
         if g.traits.mask_token_id in g.canvas:
             num_known = step.view.num_causal(len(step.tokens))
+            if not g.settings.threshold:
+                return _token_and_draft(g, predictions.after[:1], predictions.after[1:], num_known)
             outcome = one_token(g, predictions.after[:1], num_known)
             _fill_draft(g, draft, predictions.after[1:], *outcome.committed)
             return outcome
@@ -91,6 +95,13 @@ def one_token(g: Generation, row: Rows, kept: int) -> Outcome:
     """A step that ends with one token of the causal view, unless it is a draft's too."""
     token = next_token(row, g)
     return Outcome(committed=(token,), kept=kept, logprobs=token_logprobs((token,), row, g))
+
+
+def _token_and_draft(g: Generation, row: Rows, ahead: Rows, kept: int) -> Outcome:
+    """A step that gives one token of the causal view, and drafts behind it."""
+    committed, g.canvas, q = verify_and_draft([], None, row, ahead, g)
+    g.state = Draft(q=q)
+    return Outcome(committed=tuple(committed), kept=kept, logprobs=token_logprobs(committed, row, g))
 
 
 def verify_step(g: Generation) -> Step:
@@ -147,16 +158,17 @@ def _fill_draft(g: Generation, draft: Draft, rows: Rows, *before: int) -> None:
     # verification treat each draft as certain, which is exact whatever the drafts are.
     known = [token for token in g.canvas if token != mask]
     history = [*g.final, *before, *known]
-    best = best_tokens(rows, g, history)
+    best, confidence = likeliest(rows, g, history)
     candidates = Candidates(
-        confidence=rows.probabilities(best),
+        confidence=confidence,
         scores=lambda: adjusted(rows.logits, g, history),
         quota=1,
         threshold=threshold,
         entropy_bound=0.0,
         random=g.random,
     )
-    for place, token, take in zip(places, best, POLICIES["threshold"](candidates).tolist(), strict=True):
+    taken = POLICIES["threshold"](candidates)
+    for place, (token, take) in zip(places, torch.stack((best, taken), dim=1).tolist(), strict=True):
         if take:
             g.canvas[place] = token
 
@@ -205,20 +217,10 @@ class QuadraticSelfSpeculation(OneByOne):
         num_verified = 1 if g.state is None else num_known
         drafts = predictions.after[num_verified:] if g.traits.first_is_exact else predictions.at
         if g.state is None:
-            outcome = one_token(g, predictions.after[:1], num_known)
-            self._set_draft(g, drafts, outcome.committed)
-            return outcome
-        draft: Draft = g.state
-        committed = verify(g.canvas, draft.q, predictions.after[:num_verified], g)
-        num_accepted = len(committed) - 1
-        per_group = length_of_block(g) - 1
-        outcome = _verified(g, committed, predictions.after)
-        self._set_draft(g, drafts[num_accepted * per_group : (num_accepted + 1) * per_group], outcome.committed)
-        return outcome
-
-    def _set_draft(self, g: Generation, rows: Rows, before: tuple[int, ...]) -> None:
-        tokens, q = draft_tokens(rows, g, *before)
-        g.canvas, g.state = tokens, Draft(q=q)
+            return _token_and_draft(g, predictions.after[:1], drafts, num_known)
+        committed, g.canvas, q = verify_and_draft(g.canvas, g.state.q, predictions.after[:num_verified], drafts, g)
+        g.state = Draft(q=q)
+        return _verified(g, committed, predictions.after)
 
     def num_scratch(self, settings: Settings, traits: Traits) -> int:
         length = settings.block_length or traits.block_length

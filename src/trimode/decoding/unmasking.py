@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from trimode.decoding.interface import sent
+
 __all__ = ["POLICIES", "Candidates", "Policy", "quota"]
 
 
@@ -51,14 +53,13 @@ Policy = Callable[[Candidates], Bool[Tensor, " M"]]
 
 def _best(score: Tensor, count: int) -> Tensor:
     """True at the `count` highest scores."""
-    fill = torch.zeros(len(score), dtype=torch.bool, device=score.device)
-    fill[score.sort(descending=True, stable=True).indices[:count]] = True
-    return fill
+    best = score.sort(descending=True, stable=True).indices[:count]
+    return torch.zeros_like(score, dtype=torch.bool).index_fill(0, best, True)
 
 
 def _at_least(score: Tensor, bound: float) -> Tensor:
     # in the score's own dtype: the reference compares bfloat16 with bfloat16(0.9), which is 0.8984
-    return (score >= torch.tensor(bound, dtype=score.dtype, device=score.device)) | _best(score, 1)
+    return (score >= torch.full((), bound, dtype=score.dtype, device=score.device)) | _best(score, 1)
 
 
 def threshold(c: Candidates) -> Tensor:
@@ -75,9 +76,7 @@ def entropy_bound(c: Candidates) -> Tensor:
     """The most certain ones while the entropy that they hold together, less the largest, stays within the bound (arXiv 2505.24857)."""
     ordered, order = c.entropy.sort(stable=True)
     within = ordered.cumsum(dim=0) - ordered <= c.entropy_bound
-    fill = torch.zeros(len(ordered), dtype=torch.bool, device=ordered.device)
-    fill[order[within]] = True
-    return fill
+    return torch.zeros_like(within).scatter(0, order, within)
 
 
 def margin(c: Candidates) -> Tensor:
@@ -87,7 +86,7 @@ def margin(c: Candidates) -> Tensor:
 
 def leftmost(c: Candidates) -> Tensor:
     """From the left, up to the first that is not confident enough; always the leftmost one."""
-    sure = c.confidence >= torch.tensor(c.threshold, dtype=c.confidence.dtype, device=c.confidence.device)
+    sure = c.confidence >= torch.full((), c.threshold, dtype=c.confidence.dtype, device=c.confidence.device)
     sure[0] = True
     return sure.int().cumprod(dim=0).bool()
 
@@ -95,7 +94,7 @@ def leftmost(c: Candidates) -> Tensor:
 def random(c: Candidates) -> Tensor:
     """The step's quota, anywhere."""
     noise = torch.rand(len(c.confidence), generator=c.random, dtype=torch.float64)
-    return _best(noise.to(c.confidence.device), c.quota)
+    return _best(sent(noise, c.confidence.device), c.quota)
 
 
 POLICIES: dict[str, Policy] = {

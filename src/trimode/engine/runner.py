@@ -17,10 +17,16 @@ from trimode.model.forward import Cache, Forward, Inputs
 __all__ = ["Runner"]
 
 
-def _only_draws(g: Generation) -> bool:
-    """Whether this generation's tokens come out of whole distributions, and nobody asks how sure a place is."""
-    asks = g.settings.threshold is not None or isinstance(g.decoder, BlockDiffusion)
-    return g.settings.temperature > 0 and not asks
+def _wants_best(g: Generation, step: Step, drafts_know: bool) -> bool:
+    """Whether arg-maxima tell this generation what it asks. Else its decoder reads what it needs, and they would be read for nothing.
+    drafts_know: a draft head chooses, which goes on where the logits lie."""
+    settings = g.settings
+    if settings.temperature > 0 or settings.has_penalty or settings.logit_bias or g.constraint is not None:
+        return False
+    if isinstance(g.decoder, BlockDiffusion):
+        looks_closer = drafts_know or settings.unmasking in ("margin", "entropy_bound")
+        return not (looks_closer and (step.at or step.adapted))
+    return not (drafts_know and step.adapted) or settings.threshold is not None
 
 
 class Runner:
@@ -30,6 +36,7 @@ class Runner:
         self._forward = forward
         self._cache = cache
         self._slots: dict[int, int] = {}
+        self._drafts_know = forward.draft_head is not None
         self._shifted = forward.config.block_predicts == "next"
         logits = torch.empty(0, forward.config.vocab_size, dtype=forward.dtype, device=forward.device)
         self._no_rows = Rows(logits, (), torch.empty(0, device=forward.device))
@@ -67,7 +74,7 @@ class Runner:
             spans=spans,
             adapted=adapted,
             asked=asked,
-            wants_best=any(not _only_draws(g) for g in generations),
+            wants_best=any(_wants_best(g, step, self._drafts_know) for g, step in zip(generations, steps, strict=True)),
         )
         begun = time.perf_counter()
         rows = Rows(*self._forward(inputs, self._cache).answers(0, len(asked)))

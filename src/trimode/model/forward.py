@@ -83,6 +83,11 @@ class Forward(Protocol):
     precision: str
     """What the weights are held in."""
 
+    @property
+    def draft_head(self) -> Any:
+        """Chooses drafts one behind the other; None where the adapter has no successor."""
+        ...
+
     def make_cache(self, lengths: Sequence[int]) -> Cache:
         """Room for one generation a slot."""
         ...

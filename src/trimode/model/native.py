@@ -319,9 +319,14 @@ class NativeForward:
         room = room or _Room.new(len(hidden), self.config.vocab_size)
         with self._lock:
             best = self._model.head(hidden, self._mask, room.array, room.sums)
-        if not self._has_successor:
+        if self.draft_head is None:
             return Answers(room.logits, tuple(best), room.logsumexp)
         return Answers(room.logits, tuple(best), room.logsumexp, None, hidden, self)
+
+    @property
+    def draft_head(self) -> "NativeForward | None":
+        """Itself, with a successor."""
+        return self if self._has_successor else None
 
     @property
     def _mask(self) -> int:
@@ -334,11 +339,15 @@ class NativeForward:
             tokens, probabilities = self._model.draft(hidden, logits.numpy(), before, self._mask, count)
         return tokens.tolist(), probabilities.tolist()
 
-    def rescored(self, hidden: np.ndarray, logits: Tensor, before: int) -> Tensor:
+    def drafted(self, hidden: np.ndarray, logits: Tensor, before: int | Tensor) -> Tensor:
+        """See `decoding.interface.DraftHead`."""
+        return torch.tensor(self.draft(hidden, logits, int(before)), dtype=torch.float64)
+
+    def rescored(self, hidden: np.ndarray, logits: Tensor, before: int | Tensor) -> Tensor:
         """See `decoding.interface.DraftHead`."""
         count = num_candidates(self.config.vocab_size)
         with self._lock:
-            tokens, scores = self._model.rescore(hidden, logits.numpy(), before, self._mask, count)
+            tokens, scores = self._model.rescore(hidden, logits.numpy(), int(before), self._mask, count)
         return logits.scatter(-1, torch.from_numpy(tokens).long()[None], torch.from_numpy(scores)[None])
 
 

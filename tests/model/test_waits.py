@@ -1,0 +1,157 @@
+"""What decoders do with logits that lie on a device: nothing that a device refuses, the CPU's answers, and few waits for it."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from tests.model.test_graphs import CHECKPOINTS, model
+from tests.pretended_device import Pretended, pretended_device
+from trimode.engine.request import Request
+from trimode.model.forward import TorchForward, TorchScores
+from trimode.model.successor import Successor, TorchDraftHead
+
+GREEDY = {
+    "": {},
+    "penalties": {"repetition_penalty": 1.2, "frequency_penalty": 0.5},
+    "bias": {"logit_bias": {3: 1.0, 9: -1.0}},
+}
+SAMPLED = {"temperature": 1.0, "top_p": 0.9, "seed": 3}
+VARIANTS = {**GREEDY, "sampled": SAMPLED, "sampled, penalties": {**SAMPLED, **GREEDY["penalties"]}}
+REVISING = {"editing_threshold": 0.5, "max_post_steps": 2}
+MODES = {
+    "ar": {"mode": "ar"},
+    "diffusion": {"mode": "diffusion"},
+    "linear": {"mode": "self_spec"},
+    "quadratic": {"mode": "self_spec", "self_spec_kind": "quadratic", "draft_lora": True},
+    "lookup": {"mode": "self_spec", "self_spec_kind": "lookup", "block_length": 4},
+    **{
+        f"diffusion, {by}": {"mode": "diffusion", "unmasking": by}
+        for by in ("fixed", "entropy_bound", "margin", "leftmost")
+    },
+}
+KNOBS = {f"{mode}; {name}": {**a, **b} for mode, a in MODES.items() for name, b in VARIANTS.items()}
+WORLDS = {**{name: (name, 0) for name in CHECKPOINTS}, "with a draft head": ("shifted", 5)}
+PROMPT = [5, 6, 7, 8, 6, 7]
+
+
+def there(tensor):
+    return tensor.as_subclass(Pretended)
+
+
+@contextmanager
+def on_a_device():
+    """Logits and hidden states of a captured model pretend to lie on a device. Gives what waited, and what ran."""
+    run, answers, head = TorchForward.__call__, TorchScores.answers, TorchDraftHead.__init__
+    num_forwards = []
+
+    def on_host(whole, *given):
+        with torch._C.DisableTorchFunction():
+            return whole(*given)
+
+    def answers_there(self, start, stop):
+        found = on_host(answers, self, start, stop)
+        hidden = None if found.hidden is None else there(found.hidden)
+        return found._replace(logits=there(found.logits), hidden=hidden)
+
+    def head_there(self, *given):
+        head(self, *given)
+        self._embedding, self._head = there(self._embedding), there(self._head)
+        self._successor = Successor(there(self._successor.inner), there(self._successor.outer))
+
+    with pytest.MonkeyPatch.context() as patch, pretended_device() as waits:
+        patch.setattr(TorchForward, "__call__", lambda *given: num_forwards.append(1) or on_host(run, *given))
+        patch.setattr(TorchScores, "answers", answers_there)
+        patch.setattr(TorchDraftHead, "__init__", head_there)
+        yield waits, num_forwards
+
+
+def answer(world, knobs, *, captured=False):
+    """Ids of an answer, and how often the device was waited for a forward."""
+    checkpoint, successor = WORLDS[world]
+    if checkpoint == "reference":
+        # what the reference's adapter acts on would be no base's text
+        knobs = {**knobs, "draft_lora": False} if "draft_lora" in knobs else knobs
+    elif "draft_lora" in knobs:
+        knobs = {key: value for key, value in knobs.items() if key != "draft_lora"}
+    kwargs = {"max_new_tokens": 20, "ignore_eos": True, **knobs}
+    if not captured:
+        return model(captured=False, successor=successor, **CHECKPOINTS[checkpoint]).generate(PROMPT, **kwargs), 0.0
+    with on_a_device() as (waits, num_forwards):
+        own = model(captured=True, successor=successor, **CHECKPOINTS[checkpoint])
+        out = own.generate(PROMPT, **kwargs)
+        return out, (own.forward.capture.num_fetches + len(waits)) / len(num_forwards)
+
+
+@pytest.mark.parametrize("knobs", KNOBS.values(), ids=list(KNOBS))
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_step_waits_once_for_the_device_and_says_what_it_says_on_a_cpu(world, knobs):
+    out, num_waits = answer(world, knobs, captured=True)
+    assert out.token_ids == answer(world, knobs)[0].token_ids
+    in_order = "repetition_penalty" in knobs and knobs.get("self_spec_kind", "linear") != "lookup"
+    if world == "with a draft head" and in_order and knobs["mode"] == "self_spec":
+        return  # a draft that is punished for the drafts before it is chosen place by place
+    assert num_waits <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("knobs", "most"),
+    [
+        ({"mode": "ar", "logprobs": 2}, 2.0),
+        ({"mode": "self_spec", "logprobs": 2}, 2.0),
+        ({"mode": "diffusion", "logprobs": 2}, 2.0),
+        ({"mode": "self_spec", "threshold": 0.7}, 1.0),
+        ({"mode": "self_spec", "threshold": 0.7, **SAMPLED}, 2.0),
+        ({"mode": "diffusion", **REVISING}, 1.5),
+        ({"mode": "diffusion", **REVISING, **SAMPLED}, 1.0),
+        ({"mode": "diffusion", "unmasking": "random", "seed": 4}, 1.0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("world", ["reference", "shifted"])
+def test_what_waits_more_often_waits_no_more_than_that(world, knobs, most):
+    out, num_waits = answer(world, knobs, captured=True)
+    assert out.token_ids == answer(world, knobs)[0].token_ids
+    assert num_waits <= most
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_requests_that_share_forwards_say_on_a_device_what_each_says_alone(world):
+    checkpoint, successor = WORLDS[world]
+    draft = {"draft_lora": False} if checkpoint == "reference" else {}
+    requests = [
+        {"mode": "ar"},
+        {"mode": "self_spec", **draft, **SAMPLED},
+        {"mode": "self_spec", "self_spec_kind": "quadratic", **draft},
+        {"mode": "self_spec", "self_spec_kind": "quadratic", **draft, **SAMPLED},
+        {"mode": "diffusion", **SAMPLED},
+        {"mode": "diffusion"},
+        {"mode": "ar", **GREEDY["penalties"]},
+    ]
+    kwargs = {"max_new_tokens": 16, "ignore_eos": True}
+    alone = model(captured=False, successor=successor, **CHECKPOINTS[checkpoint])
+    expected = [alone.generate(PROMPT, **kwargs, **knobs).token_ids for knobs in requests]
+    with on_a_device():
+        own = model(captured=True, successor=successor, **CHECKPOINTS[checkpoint])
+        outs = own.generate([Request(PROMPT, **kwargs, **knobs) for knobs in requests])
+    assert [out.token_ids for out in outs] == expected
+
+
+def test_the_pretended_device_refuses_and_counts_what_a_device_would():
+    with pretended_device() as waits:
+        x = there(torch.arange(6.0).view(2, 3))
+        assert x.device.type == "cuda"
+        with pytest.raises(RuntimeError, match="beside those of"):
+            x + torch.ones(3)
+        with pytest.raises(RuntimeError, match="beside those of"):
+            x.index_fill(0, torch.tensor(0), 1.0)
+        sent = torch.ones(3).to(x.device, non_blocking=True)
+        assert not waits
+        assert (x + sent).argmax(dim=-1).tolist() == [2, 2]
+        assert waits == ["tolist"]
+        torch.tensor([1, 2], device=x.device)
+        x[[0, 1]]
+        x[x > 2]
+        float(x[0, 0])
+        x.cpu()
+        assert len(waits) == 6
