@@ -128,8 +128,7 @@ class Rows:
         def part(x: Any) -> Any:
             if x is None:
                 return None
-            scattered = isinstance(which, list) and isinstance(x, Tensor)
-            return x[sent(which, x.device)] if scattered else x[which]
+            return x[sent(which, x.device)] if isinstance(x, Tensor) and isinstance(which, list) else x[which]
 
         beside = map(part, (self.logsumexp, self.best_logits, self.hidden))
         return Rows(part(self.logits), best, *beside, draft_head=self.draft_head)

@@ -64,10 +64,12 @@ class Runner:
             start, length = len(tokens), len(step.tokens)
             spans.append(Span(start, length, self._slots[id(g)], g.cached, step.view))
             tokens.extend(step.tokens)
-            positions.extend(g.cached + offset for offset in step.view.offsets(length))
-            adapted.extend(start + i for i in step.adapted)
-            asked.extend(start + i for i in step.after)
-            asked.extend(start + self._row_at(step, i) for i in step.at)
+            positions.extend([g.cached + offset for offset in step.view.offsets(length)])
+            asked.extend([start + i for i in step.after])
+            if step.adapted:
+                adapted.extend([start + i for i in step.adapted])
+            if step.at:
+                asked.extend([start + self._row_at(step, i) for i in step.at])
         inputs = Inputs(
             tokens=tokens,
             positions=positions,
