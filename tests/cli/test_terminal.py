@@ -86,6 +86,8 @@ def test_the_statistics_tell_revisions_and_acceptance_only_where_there_are_any()
     }
     line = "diffusion · 64 tokens · 1.50 s · 42.7 tokens/s · 1 + 20 forwards · 3.20 tokens/forward"
     assert terminal.stats_line(stats).plain == line
+    drafted = {**stats, "mode": "self_spec", "self_spec_kind": "lookup"}
+    assert terminal.stats_line(drafted).plain == line.replace("diffusion", "self_spec lookup")
     both = {**stats, "acceptance_length": 3.0, "revised": 2}
     assert terminal.stats_line(both).plain == line + " · 3.00 a round · 2 revised"
 

@@ -26,6 +26,9 @@ def test_a_chat_is_answered_as_by_the_library(client, model, mode):
     assert usage.cost["nfe_decode"] == alone.stats.nfe_decode
     assert usage.cost["decode_tpf"] == pytest.approx(alone.stats.decode_tpf)
     assert usage.cost["acceptance_length"] == alone.stats.acceptance_length
+    assert (
+        usage.cost["self_spec_kind"] == alone.stats.self_spec_kind == ("linear" if usage.mode == "self_spec" else None)
+    )
     # where rounds had lengths of their own, choices tells them
     assert (usage.cost["block_length"] is None) == (usage.mode == "ar" or usage.cost["choices"] is not None)
 

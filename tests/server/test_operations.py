@@ -103,9 +103,9 @@ def test_sizes_and_times_are_bounded():
         assert long.json()["error"]["code"] == "context_length_exceeded"
         assert http.post(CHAT, json={"messages": HELLO, "max_tokens": 21}).status_code == 400
         for knob in ("block_length", "block_size"):  # one forward over thousands of masks would hold up everybody
-            wide = http.post(CHAT, json={"messages": HELLO, "max_tokens": 4, "mode": "diffusion", knob: 4096})
+            wide = http.post(CHAT, json={"messages": HELLO, "max_tokens": 4, "mode": "diffusion", knob: 1024})
             assert (wide.status_code, wide.json()["error"]["param"]) == (400, "block_length")
-            assert "at most 128 here; got 4,096" in wide.json()["error"]["message"]
+            assert "at most 128 here; got 1,024" in wide.json()["error"]["message"]
         late = http.post(CHAT, json={"messages": HELLO, "ignore_eos": True})
         assert late.status_code == 408
         assert late.json()["error"]["code"] == "timeout"

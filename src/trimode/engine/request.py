@@ -46,6 +46,8 @@ class Stats:
     """From the call to the first committed token."""
     tokens_per_second: float
     """tokens / seconds, prefill included."""
+    self_spec_kind: str | None = None
+    """self_spec: linear, quadratic or lookup; None where `auto` chose, which `choices` tells."""
     choices: dict[str, int] | None = None
     """auto: rounds by what was chosen for them, such as "ar" or "linear 5"."""
     notice: str | None = None
@@ -131,6 +133,7 @@ def make_stats(
         seconds=seconds,
         first_token_seconds=seconds if first is None else first,
         tokens_per_second=tokens / seconds if seconds > 0 else 0.0,
+        self_spec_kind=generation.settings.self_spec_kind if mode == "self_spec" and not generation.choices else None,
         choices=dict(generation.choices) or None,
         notice=notice,
     )

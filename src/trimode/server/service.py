@@ -270,13 +270,6 @@ class Service:
         default: int,
     ) -> list[Answer]:
         num = self._num_choices(n, len(prompts))
-        block = knobs.get("block_length", knobs.get("block_size"))
-        if isinstance(block, int) and block > self.limits.max_block_length:
-            raise ApiError(
-                400,
-                f"block_length must be at most {self.limits.max_block_length} here; got {block:,}.",
-                param="block_length",
-            )
         answers = []
         for ids in prompts:
             most = self.limits.max_prompt_tokens
@@ -296,6 +289,13 @@ class Service:
                 if i and isinstance(knobs.get("seed"), int):
                     own["seed"] = knobs["seed"] + i
                 answers.append(self.model.open_answer(ids, own, grammar=grammar))
+        block = answers[0].generation.settings.block_length
+        if block is not None and block > self.limits.max_block_length:
+            raise ApiError(
+                400,
+                f"block_length must be at most {self.limits.max_block_length} here; got {block:,}.",
+                param="block_length",
+            )
         return answers
 
     def _num_choices(self, n: int | None, num_prompts: int) -> int:

@@ -267,6 +267,7 @@ def _cost(stats: Sequence[Stats], call: Call) -> dict[str, Any]:
         "e2e_tpf": tokens / max(prefill + decode, 1),
         "acceptance_length": round_tokens / rounds if rounds else None,
         "block_length": (settings.block_length or call.entries[0].generation.traits.block_length) if blocks else None,
+        "self_spec_kind": stats[0].self_spec_kind,
         "choices": dict(choices) or None,
         "revised": sum(s.revised for s in stats),
         "seconds": seconds,

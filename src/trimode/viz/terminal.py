@@ -66,7 +66,7 @@ def settled(text: str, width: int) -> tuple[list[str], str]:
 def stats_line(stats: Mapping[str, Any], finish_reason: str | None = None) -> Text:
     """One line: what an answer cost. `stats` is `Stats.as_dict()`."""
     parts = [
-        str(stats["mode"]),
+        " ".join(filter(None, (stats["mode"], stats.get("self_spec_kind")))),
         f"{stats['tokens']} tokens",
         f"{stats['seconds']:.2f} s",
         f"{stats['tokens_per_second']:.1f} tokens/s",
