@@ -176,13 +176,14 @@ def _linked_choices(generation: Generation, places: list[int], rows: Rows, head:
     for start, end in zip(starts, [*starts[1:], len(places)], strict=True):
         if places[start] == 0:
             # exact, and needs no second thought; what follows it hangs on it
-            before, first = tokens[start : start + 1], start + 1
+            before, first = sent(tokens[start : start + 1], rows.logits.device), start + 1
         else:
             before, first = generation.canvas[places[start] - 1], start
         if first < end:
             own = slice(first, end)
             drafts, probabilities = head.drafted(rows.hidden[own], rows.logits[own], before).to(sure.device)
-            tokens[own], sure[own] = drafts.long(), probabilities.to(sure.dtype).cumprod(dim=0)
+            # rounded at the end, so that it is the same wherever it is reckoned
+            tokens[own], sure[own] = drafts.long(), probabilities.cumprod(dim=0).to(sure.dtype)
     return tokens, sure
 
 

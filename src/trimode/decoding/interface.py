@@ -119,7 +119,7 @@ class Rows:
 
     def __getitem__(self, which: slice | list[int]) -> "Rows":
         if isinstance(which, list) and which == list(range(which[0] if which else 0, which[-1] + 1 if which else 0)):
-            # a run of rows: indices would have to be copied to a GPU, which waits for it
+            # a run of rows is looked at where it lies
             which = slice(which[0], which[-1] + 1) if which else slice(0, 0)
         best = self.best
         if best is not None:
@@ -226,7 +226,7 @@ class Choice:
         return self.kind if self.kind == "ar" else f"{self.kind} {self.block_length}"
 
 
-@dataclass(slots=True, eq=False, weakref_slot=True)
+@dataclass(slots=True, eq=False)
 class Generation:
     """One prompt on its way to an answer. The loop owns `final`, `cached` and `finish_reason`; its decoder owns `canvas` and
     `state`."""

@@ -190,7 +190,8 @@ def verify_and_draft(
     per_group = len(ahead) // (n + 1)
     head = _draft_head(ahead, generation)
     settings = generation.settings
-    is_told = rows.best is not None and settings.temperature == 0 and not settings.has_penalty
+    needs_logits = settings.temperature > 0 or settings.has_penalty or bool(settings.logit_bias)
+    is_told = rows.best is not None and not needs_logits
     in_order = not _may_be_judged_at_once(generation) or (head is not None and settings.has_penalty)
     if is_told or in_order or rows.logits.device.type == "cpu":
         committed = verify(drafts, q, rows, generation)
@@ -208,13 +209,11 @@ def verify_and_draft(
         hidden=None if ahead.hidden is None else ahead.hidden.index_select(0, group),
         draft_head=ahead.draft_head,
     )
-    # as many random numbers are used up as place by place
     u_ahead = None if u is None else u.index_select(0, (num + 2).clamp(max=n + 1) + step)
     tokens, q_ahead = _drafted(own, head, generation, token, u_ahead)
     num_accepted, bonus, *new = torch.cat((num, token, tokens)).tolist()
     if u is not None:
-        generation.random.set_state(before)
-        uniform(generation, min(num_accepted + 2, n + 1) + per_group)
+        _use_up(generation, before, min(num_accepted + 2, n + 1) + per_group)
     return [*drafts[:num_accepted], bonus], new, q_ahead
 
 
@@ -230,6 +229,12 @@ def _draft_head(rows: Rows, generation: Generation) -> DraftHead | None:
 def _uniform_there(rows: Rows, generation: Generation, count: int) -> Tensor | None:
     """Random numbers where the logits lie; None: greedy."""
     return sent(uniform(generation, count), rows.logits.device) if generation.settings.temperature > 0 else None
+
+
+def _use_up(generation: Generation, before: Tensor, count: int) -> None:
+    """As many random numbers as place by place would have been: the first `count` behind that state."""
+    generation.random.set_state(before)
+    uniform(generation, count)
 
 
 def _likeliest_or_drawn(scores: Tensor, generation: Generation, u: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -375,9 +380,7 @@ def _verify_at_once(drafts: Sequence[int], q: Tensor | None, rows: Rows, generat
     told = torch.cat([accepted.long(), others]).tolist()
     num_accepted = next((i for i in range(n) if not told[i]), n)
     if u is not None:
-        # as many random numbers are used up as place by place
-        generation.random.set_state(before)
-        uniform(generation, min(num_accepted + 2, n + 1))
+        _use_up(generation, before, min(num_accepted + 2, n + 1))
     return [*drafts[:num_accepted], told[n + num_accepted]]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from trimode.decoding.block_diffusion import BlockDiffusion
+from trimode.decoding.block_diffusion import BlockDiffusion, Infill
 from trimode.decoding.interface import Generation, Predictions, Rows, Step
 from trimode.model.attention import Span
 from trimode.model.forward import Cache, Forward, Inputs
@@ -23,10 +23,12 @@ def _wants_best(g: Generation, step: Step, drafts_know: bool) -> bool:
     settings = g.settings
     if settings.temperature > 0 or settings.has_penalty or settings.logit_bias or g.constraint is not None:
         return False
+    if isinstance(g.decoder, Infill):
+        return False  # what may not fill a gap is left out of the logits
     if isinstance(g.decoder, BlockDiffusion):
         looks_closer = drafts_know or settings.unmasking in ("margin", "entropy_bound")
         return not (looks_closer and (step.at or step.adapted))
-    return not (drafts_know and step.adapted) or settings.threshold is not None
+    return not (drafts_know and step.adapted) or bool(settings.threshold)
 
 
 class Runner:

@@ -50,7 +50,7 @@ class Capture(Protocol):
     """What a device does for graphs, and the only place where host and device meet."""
 
     num_fetches: int
-    """Copies to the host so far. Each waits for the device, and nothing else in a greedy step does."""
+    """Copies to the host so far, each of which waits for the device. Decoders may read more (`tests/model/test_waits.py`)."""
 
     def capture(self, function: Run, static: Static) -> Run:
         """Run a function of static tensors and return what repeats it on the same memory."""

@@ -86,27 +86,26 @@ class TorchDraftHead:
     def drafted(self, hidden: Tensor, logits: Tensor, before: int | Tensor) -> Tensor:
         token = before
         found = [torch.empty(2, 0, dtype=torch.float64, device=hidden.device)]
+        likely = self._likely(logits)
         for j in range(len(hidden)):
-            scores, likely = self._scores(hidden[j : j + 1], logits[j : j + 1], token)
-            token = likely.gather(-1, scores.gather(-1, likely).argmax(dim=-1, keepdim=True))[0]
+            own = slice(j, j + 1)
+            scores = self._scores(hidden[own], logits[own], likely[own], token)
+            token = likely[own].gather(-1, scores.gather(-1, likely[own]).argmax(dim=-1, keepdim=True))[0]
             found.append(torch.stack((token.double(), scores[0].double().softmax(dim=-1)[token])))
         return torch.cat(found, dim=1)
 
     @torch.inference_mode()
     def rescored(self, hidden: Tensor, logits: Tensor, before: int | Tensor) -> Tensor:
-        return self._scores(hidden, logits, before)[0]
+        return self._scores(hidden, logits, self._likely(logits), before)
 
-    def _scores(self, hidden: Tensor, logits: Tensor, before: int | Tensor) -> tuple[Tensor, Tensor]:
-        """One mask's logits behind that token, and the tokens that were scored again."""
-        likely = self._without_mask(logits).topk(num_candidates(logits.shape[-1])).indices
+    def _scores(self, hidden: Tensor, logits: Tensor, likely: Tensor, before: int | Tensor) -> Tensor:
         # a number of the host goes along as a constant, for which nothing waits
         token = before if isinstance(before, Tensor) else torch.full((1,), before, device=hidden.device)
         scores = self._successor.scores(hidden.float(), self._embedding[token].float(), self._head[likely].float())
-        return logits.float().scatter(-1, likely, scores), likely
+        return logits.float().scatter(-1, likely, scores)
 
-    def _without_mask(self, logits: Tensor) -> Tensor:
-        if self._mask is None:
-            return logits
-        logits = logits.clone()
-        logits[:, self._mask] = float("-inf")
-        return logits
+    def _likely(self, logits: Tensor) -> Tensor:
+        if self._mask is not None:
+            logits = logits.clone()
+            logits[:, self._mask] = float("-inf")
+        return logits.topk(num_candidates(logits.shape[-1])).indices
