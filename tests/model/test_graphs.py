@@ -253,6 +253,22 @@ def test_a_sampled_forward_waits_for_its_tokens_and_for_nothing_else(kind, monke
     assert own.forward.capture.num_fetches > 0
 
 
+def test_how_sure_a_sampled_place_is_does_not_hang_on_whether_a_neighbour_wants_to_know():
+    own, sure, kwargs = model(captured=True), [], {"max_new_tokens": 24, "ignore_eos": True}
+    request = Request([5, 6, 7], mode="diffusion", temperature=1.0, seed=3, **kwargs)
+
+    def observe(g, step, outcome):
+        if g.settings.seed == 3:
+            sure[-1].extend(outcome.probabilities)
+
+    # of one width each, since a product may round by its number of rows
+    for neighbour in ({}, {"temperature": 1.0, "seed": 4}):
+        sure.append([])
+        own.generate([request, Request([5, 6], mode="ar", **kwargs, **neighbour)], observe=observe)
+    assert len(sure[0]) > 12
+    assert sure[0] == sure[1]
+
+
 @pytest.mark.parametrize("knobs", MODES, ids=lambda k: "-".join(map(str, k.values())))
 def test_drafts_that_know_the_draft_before_them_are_the_same_through_graphs(knobs):
     """They come from hidden states that lie in a graph's memory."""

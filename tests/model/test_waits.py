@@ -23,7 +23,7 @@ MODES = {
     "ar": {"mode": "ar"},
     "diffusion": {"mode": "diffusion"},
     "linear": {"mode": "self_spec"},
-    "quadratic": {"mode": "self_spec", "self_spec_kind": "quadratic", "draft_lora": True},
+    "quadratic": {"mode": "self_spec", "self_spec_kind": "quadratic"},
     "lookup": {"mode": "self_spec", "self_spec_kind": "lookup", "block_length": 4},
     **{
         f"diffusion, {by}": {"mode": "diffusion", "unmasking": by}
@@ -69,11 +69,9 @@ def on_a_device():
 def answer(world, knobs, *, captured=False):
     """Ids of an answer, and how often the device was waited for a forward."""
     checkpoint, successor = WORLDS[world]
-    if checkpoint == "reference":
-        # what the reference's adapter acts on would be no base's text
-        knobs = {**knobs, "draft_lora": False} if "draft_lora" in knobs else knobs
-    elif "draft_lora" in knobs:
-        knobs = {key: value for key, value in knobs.items() if key != "draft_lora"}
+    if checkpoint == "reference" and knobs.get("self_spec_kind") == "quadratic":
+        # an adapter that acts on all inputs cannot verify and draft in one forward
+        knobs = {**knobs, "draft_lora": False}
     kwargs = {"max_new_tokens": 20, "ignore_eos": True, **knobs}
     if not captured:
         return model(captured=False, successor=successor, **CHECKPOINTS[checkpoint]).generate(PROMPT, **kwargs), 0.0

@@ -169,11 +169,8 @@ def draft_tokens(rows: Rows, generation: Generation, *before: int) -> tuple[list
     settings = generation.settings
     history = [*generation.final, *before]
     head = _draft_head(rows, generation)
-    is_plain = generation.constraint is None and not settings.has_penalty and not settings.logit_bias
-    if settings.temperature == 0 and is_plain:
-        if head is None:
-            return best_tokens(rows, generation), None
-        return head.draft(rows.hidden, rows.logits, history[-1])[0], None
+    if settings.temperature == 0 and generation.constraint is None and head is None:
+        return best_tokens(rows, generation), None
     if generation.constraint is not None or (head is not None and settings.has_penalty):
         return _draft_in_order(rows, head, generation, history)
     u = uniform(generation, len(rows)) if settings.temperature > 0 else None
@@ -186,8 +183,6 @@ def verify_and_draft(
 ) -> tuple[list[int], list[int], Tensor | None]:
     """What `verify` makes final, and what `draft_tokens` makes of the masks behind it: of the rows `ahead`, as many for each way that
     the verification may end. Where they lie on a device all is read at once."""
-    n = len(drafts)
-    per_group = len(ahead) // (n + 1)
     head = _draft_head(ahead, generation)
     settings = generation.settings
     needs_logits = settings.temperature > 0 or settings.has_penalty or bool(settings.logit_bias)
@@ -195,25 +190,44 @@ def verify_and_draft(
     in_order = not _may_be_judged_at_once(generation) or (head is not None and settings.has_penalty)
     if is_told or in_order or rows.logits.device.type == "cpu":
         committed = verify(drafts, q, rows, generation)
+        per_group = len(ahead) // (len(drafts) + 1)
         start = (len(committed) - 1) * per_group
         return committed, *draft_tokens(ahead[start : start + per_group], generation, *committed)
+    return _verified_there(drafts, q, rows, ahead, generation)
+
+
+def _verified_there(
+    drafts: Sequence[int], q: Tensor | None, rows: Rows, ahead: Rows, generation: Generation
+) -> tuple[list[int], list[int], Tensor | None]:
+    """`verify_and_draft` where the logits lie, read at once. ahead: none, if nothing is to be drafted."""
+    n = len(drafts)
+    per_group = len(ahead) // (n + 1)
     before = generation.random.get_state()
-    u = _uniform_there(rows, generation, n + 1 + per_group)
+    u = (
+        sent(uniform(generation, n + 1 + per_group), rows.logits.device)
+        if generation.settings.temperature > 0
+        else None
+    )
     accepted, others = _judged(drafts, q, rows, generation, u)
     num = accepted.long().cumprod(dim=0).sum().view(1)
-    token = others.index_select(0, num)
-    step = torch.arange(per_group, device=num.device)
-    group = num * per_group + step
-    own = Rows(
-        ahead.logits.index_select(0, group),
-        hidden=None if ahead.hidden is None else ahead.hidden.index_select(0, group),
-        draft_head=ahead.draft_head,
-    )
-    u_ahead = None if u is None else u.index_select(0, (num + 2).clamp(max=n + 1) + step)
-    tokens, q_ahead = _drafted(own, head, generation, token, u_ahead)
-    num_accepted, bonus, *new = torch.cat((num, token, tokens)).tolist()
+    read = [num, others.index_select(0, num)]
+    q_ahead = None
+    if per_group:
+        step = torch.arange(per_group, device=num.device)
+        group = num * per_group + step
+        own = Rows(
+            ahead.logits.index_select(0, group),
+            hidden=None if ahead.hidden is None else ahead.hidden.index_select(0, group),
+            draft_head=ahead.draft_head,
+        )
+        u_ahead = None if u is None else u.index_select(0, (num + 2).clamp(max=n + 1) + step)
+        tokens, q_ahead = _drafted(own, _draft_head(own, generation), generation, read[1], u_ahead)
+        read.append(tokens)
+    num_accepted, bonus, *new = torch.cat(read).tolist()
     if u is not None:
-        _use_up(generation, before, min(num_accepted + 2, n + 1) + per_group)
+        # as many random numbers are used up as place by place
+        generation.random.set_state(before)
+        uniform(generation, min(num_accepted + 2, n + 1) + per_group)
     return [*drafts[:num_accepted], bonus], new, q_ahead
 
 
@@ -224,17 +238,6 @@ def _may_be_judged_at_once(generation: Generation) -> bool:
 
 def _draft_head(rows: Rows, generation: Generation) -> DraftHead | None:
     return rows.draft_head if generation.traits.adapter_on_draft != "none" and rows.hidden is not None else None
-
-
-def _uniform_there(rows: Rows, generation: Generation, count: int) -> Tensor | None:
-    """Random numbers where the logits lie; None: greedy."""
-    return sent(uniform(generation, count), rows.logits.device) if generation.settings.temperature > 0 else None
-
-
-def _use_up(generation: Generation, before: Tensor, count: int) -> None:
-    """As many random numbers as place by place would have been: the first `count` behind that state."""
-    generation.random.set_state(before)
-    uniform(generation, count)
 
 
 def _likeliest_or_drawn(scores: Tensor, generation: Generation, u: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -254,7 +257,7 @@ def _drafted(
     if head is None:
         return _likeliest_or_drawn(adjusted(rows.logits, generation), generation, u)
     if u is None and not generation.settings.logit_bias:
-        return head.drafted(rows.hidden, rows.logits, before)[0].long(), None
+        return head.draft(rows.hidden, rows.logits, before)[0].long(), None
     tokens, distributions = [], []
     for j in range(len(rows)):
         own = slice(j, j + 1)
@@ -342,7 +345,7 @@ def verify(
             num += 1
         return best[: num + 1]
     if stand_alone and (rows.logits.device.type != "cpu" if at_once is None else at_once):
-        return _verify_at_once(drafts, q, rows, generation)
+        return _verified_there(drafts, q, rows, rows[:0], generation)[0]
     for i in range(len(drafts) + 1):
         draft = drafts[i] if i < len(drafts) else None
         if settings.temperature == 0 or draft is None or forced_token(generation, history) is not None:
@@ -369,19 +372,6 @@ def _accept_or_redraw(draft: int, p: Tensor, q: Tensor | None, generation: Gener
         # p equals q up to rounding, so a rejection has no measure: the draft is as good a draw as any
         return draft
     return int(pick(residual[None], uniform(generation)))
-
-
-def _verify_at_once(drafts: Sequence[int], q: Tensor | None, rows: Rows, generation: Generation) -> list[int]:
-    """All places looked at together."""
-    n = len(drafts)
-    before = generation.random.get_state()
-    u = _uniform_there(rows, generation, n + 1)
-    accepted, others = _judged(drafts, q, rows, generation, u)
-    told = torch.cat([accepted.long(), others]).tolist()
-    num_accepted = next((i for i in range(n) if not told[i]), n)
-    if u is not None:
-        _use_up(generation, before, min(num_accepted + 2, n + 1))
-    return [*drafts[:num_accepted], told[n + num_accepted]]
 
 
 def _judged(
