@@ -235,7 +235,7 @@ class Head:
         self.drafted = drafted
 
     def draft(self, hidden, logits, before):
-        return torch.tensor(self.drafted(len(hidden), int(before)), dtype=torch.float64)
+        return self.drafted(len(hidden), before)
 
     def rescored(self, hidden, logits, before):
         raise AssertionError("greedy drafts are made at once")

@@ -56,7 +56,7 @@ def written_out(transformer, lora, rows, before):
 def test_a_draft_is_the_chain_written_out_and_hangs_on_the_token_before(shape):
     _, lora, forward = worlds(shape)
     rows = drafted_rows(forward)
-    drafts = {before: rows.draft_head.draft(rows.hidden, rows.logits, before)[0].tolist() for before in range(4, 40)}
+    drafts = {before: rows.draft_head.draft(rows.hidden, rows.logits, before)[0] for before in range(4, 40)}
     for before, tokens in drafts.items():
         assert tokens == written_out(forward.transformer, lora, rows, before)
         assert MASK not in tokens
@@ -71,8 +71,8 @@ def test_the_native_engine_drafts_and_rescores_as_pytorch_does(shape, threads):
     forward = native_forward(config, random_tensors(config, 2), lora=lora, threads=threads)
     expected, rows = drafted_rows(torch_forward), drafted_rows(forward)
     for before in range(4, 40):
-        tokens, probabilities = rows.draft_head.draft(rows.hidden, rows.logits, before).tolist()
-        its_tokens, its_probabilities = expected.draft_head.draft(expected.hidden, expected.logits, before).tolist()
+        tokens, probabilities = rows.draft_head.draft(rows.hidden, rows.logits, before)
+        its_tokens, its_probabilities = expected.draft_head.draft(expected.hidden, expected.logits, before)
         assert tokens == its_tokens
         assert probabilities == pytest.approx(its_probabilities, abs=1e-4)
         for j in range(NUM_MASKS):
@@ -95,7 +95,7 @@ def test_rescoring_one_by_one_gives_the_greedy_draft():
         before = int(likely[scores[likely].argmax()])
         tokens.append(before)
         sure.append(float(p[before]))
-    drafts, probabilities = rows.draft_head.draft(rows.hidden, rows.logits, 8).tolist()
+    drafts, probabilities = rows.draft_head.draft(rows.hidden, rows.logits, 8)
     assert tokens == drafts
     assert sure == pytest.approx(probabilities, abs=1e-5)
 

@@ -181,7 +181,7 @@ def _linked_choices(generation: Generation, places: list[int], rows: Rows, head:
             before, first = generation.canvas[places[start] - 1], start
         if first < end:
             own = slice(first, end)
-            drafts, probabilities = head.draft(rows.hidden[own], rows.logits[own], before).to(sure.device)
+            drafts, probabilities = head.drafted(rows.hidden[own], rows.logits[own], before).to(sure.device)
             # rounded at the end, so that it is the same wherever it is reckoned
             tokens[own], sure[own] = drafts.long(), probabilities.cumprod(dim=0).to(sure.dtype)
     return tokens, sure
@@ -348,8 +348,7 @@ class BlockDiffusion(OneByOne):
         if num_right == len(tried) and len(committed) < len(rows) and not g.ends_with(committed[-1]):
             if drafts is None:
                 own = slice(len(committed), len(rows))
-                tokens, probabilities = head.draft(rows.hidden[own], rows.logits[own], committed[-1]).tolist()
-                drafts = [int(token) for token in tokens]
+                drafts, probabilities = head.draft(rows.hidden[own], rows.logits[own], committed[-1])
             together = list(accumulate(probabilities, mul))
             bound = DEFAULT_THRESHOLD if g.settings.threshold is None else g.settings.threshold
             num_sure = sum(p >= bound for p in together)
@@ -395,7 +394,7 @@ def _read_at_once(
     probabilities: on a device one wait, where nothing is saved by not drafting behind what turns out wrong."""
     n = len(tried)
     best, sure = likeliest(rows[: n + 1], g)
-    drafted = head.draft(rows.hidden[n + 1 :], rows.logits[n + 1 :], best[n:])
+    drafted = head.drafted(rows.hidden[n + 1 :], rows.logits[n + 1 :], best[n:])
     told = torch.cat((torch.stack((best.double(), sure.double())), drafted), dim=1).tolist()
     tokens = [int(token) for token in told[0]]
     num_right = next((i for i in range(n) if tokens[i] != tried[i]), n)

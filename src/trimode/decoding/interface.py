@@ -83,9 +83,14 @@ class Step:
 class DraftHead(Protocol):
     """Masks are filled all at once and do not know one another's tokens. This chooses again when the token before is known."""
 
-    def draft(self, hidden: Any, logits: Tensor, before: int | Tensor) -> Tensor:
-        """Greedily, for masks in a row behind the token `before`, which may lie where the logits do ([1]): hidden [n, D] as `Rows` has
-        it, logits [n, V]. Gives float64 [2, n] there: the tokens, and how probable each is behind those before it."""
+    def draft(self, hidden: Any, logits: Tensor, before: int) -> tuple[list[int], list[float]]:
+        """Greedily, for masks in a row behind the token `before`: hidden [n, D] as `Rows` has it, logits [n, V]. Also how probable
+        each token is behind those before it."""
+        ...
+
+    def drafted(self, hidden: Any, logits: Tensor, before: int | Tensor) -> Tensor:
+        """The same, unread: float64 [2, n] where the logits lie; `before` may lie there too ([1]). On a CPU `draft` is quicker: a
+        round's tensors take longer there than its lists."""
         ...
 
     def rescored(self, hidden: Any, logits: Tensor, before: int | Tensor) -> Tensor:

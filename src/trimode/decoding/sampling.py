@@ -169,8 +169,11 @@ def draft_tokens(rows: Rows, generation: Generation, *before: int) -> tuple[list
     settings = generation.settings
     history = [*generation.final, *before]
     head = _draft_head(rows, generation)
-    if settings.temperature == 0 and generation.constraint is None and head is None:
-        return best_tokens(rows, generation), None
+    is_plain = generation.constraint is None and not settings.has_penalty and not settings.logit_bias
+    if settings.temperature == 0 and is_plain:
+        if head is None:
+            return best_tokens(rows, generation), None
+        return head.draft(rows.hidden, rows.logits, history[-1])[0], None
     if generation.constraint is not None or (head is not None and settings.has_penalty):
         return _draft_in_order(rows, head, generation, history)
     u = uniform(generation, len(rows)) if settings.temperature > 0 else None
@@ -257,7 +260,7 @@ def _drafted(
     if head is None:
         return _likeliest_or_drawn(adjusted(rows.logits, generation), generation, u)
     if u is None and not generation.settings.logit_bias:
-        return head.draft(rows.hidden, rows.logits, before)[0].long(), None
+        return head.drafted(rows.hidden, rows.logits, before)[0].long(), None
     tokens, distributions = [], []
     for j in range(len(rows)):
         own = slice(j, j + 1)

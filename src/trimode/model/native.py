@@ -332,12 +332,16 @@ class NativeForward:
     def _mask(self) -> int:
         return -1 if self.config.mask_token_id is None else self.config.mask_token_id
 
-    def draft(self, hidden: np.ndarray, logits: Tensor, before: int | Tensor) -> Tensor:
+    def draft(self, hidden: np.ndarray, logits: Tensor, before: int) -> tuple[list[int], list[float]]:
         """See `decoding.interface.DraftHead`."""
         count = num_candidates(self.config.vocab_size)
         with self._lock:
-            found = self._model.draft(hidden, logits.numpy(), int(before), self._mask, count)
-        return torch.from_numpy(np.array(found, np.float64))
+            tokens, probabilities = self._model.draft(hidden, logits.numpy(), before, self._mask, count)
+        return tokens.tolist(), probabilities.tolist()
+
+    def drafted(self, hidden: np.ndarray, logits: Tensor, before: int | Tensor) -> Tensor:
+        """See `decoding.interface.DraftHead`."""
+        return torch.tensor(self.draft(hidden, logits, int(before)), dtype=torch.float64)
 
     def rescored(self, hidden: np.ndarray, logits: Tensor, before: int | Tensor) -> Tensor:
         """See `decoding.interface.DraftHead`."""

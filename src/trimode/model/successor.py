@@ -78,8 +78,12 @@ class TorchDraftHead:
         self._successor = Successor(successor.inner.float().to(device), successor.outer.float().to(device))
         self._embedding, self._head, self._mask = embedding, head, mask_token_id
 
+    def draft(self, hidden: Tensor, logits: Tensor, before: int) -> tuple[list[int], list[float]]:
+        tokens, probabilities = self.drafted(hidden, logits, before).tolist()
+        return [int(token) for token in tokens], probabilities
+
     @torch.inference_mode()
-    def draft(self, hidden: Tensor, logits: Tensor, before: int | Tensor) -> Tensor:
+    def drafted(self, hidden: Tensor, logits: Tensor, before: int | Tensor) -> Tensor:
         token = before
         found = [torch.empty(2, 0, dtype=torch.float64, device=hidden.device)]
         likely = self._likely(logits)
