@@ -27,6 +27,8 @@ def test_a_finished_run_says_that_all_is_answered(cli, answering, tmp_path):
     assert again.status == 0
     assert "3 prompts are answered already and none are left" in again.stderr
     assert "0 answers" not in again.stderr
+    assert "3/3" in again.stderr  # the bar
+    assert "0/3" not in again.stderr
     assert json.loads(cli(*command, "--json").stdout)["answered_before"] == 3
 
 

@@ -128,6 +128,13 @@ def test_a_run_that_was_cut_ends_where_one_in_one_piece_does(world, tmp_path):
     assert any(factor.abs().max() > 0 for name, factor in whole.items() if name.endswith("1"))
 
 
+def test_a_finished_run_shows_a_full_bar(world, tmp_path, capsys):
+    train(world, tmp_path / "run", "train.steps=2")
+    capsys.readouterr()
+    train(world, tmp_path / "run", "train.steps=2")
+    assert "2/2" in capsys.readouterr().err
+
+
 def test_micro_batches_give_the_same_update(world, tmp_path):
     train(world, tmp_path / "four", "train.steps=1")
     train(world, tmp_path / "one", "train.steps=1", "train.documents_per_forward=1")

@@ -174,7 +174,7 @@ def _run(recipe: Any, output: Path, target: Any, checkpoint: Any) -> dict[str, A
     if recipe.train.shard and num_ranks > 1:
         convert.shard(model)
     run_directory.begin()
-    with TrainingLog(output, recipe.train.steps, target) as log:
+    with TrainingLog(output, recipe.train.steps, target, run_directory.num_done) as log:
         try:
             train_model(
                 model,

@@ -20,10 +20,11 @@ RECENT = 20
 class TrainingLog:
     """A run's progress, in the run's folder and on the screen; the first rank's alone."""
 
-    def __init__(self, output: Path, num_steps: int, device: Any) -> None:
+    def __init__(self, output: Path, num_steps: int, device: Any, num_done: int = 0) -> None:
+        """num_done: updates of an earlier run that this one continues."""
         self.history: list[dict[str, Any]] = []
         self._output = output
-        self._num_steps = num_steps
+        self._num_steps, self._num_done = num_steps, num_done
         self._device = device
         self._file: Any = None
         self._events: Any = None
@@ -48,7 +49,7 @@ class TrainingLog:
         )
         self._bar = Progress(*columns, console=screen.errors_console())
         self._bar.start()
-        self._task = self._bar.add_task("", total=self._num_steps, state="")
+        self._task = self._bar.add_task("", total=self._num_steps, completed=self._num_done, state="")
         return self
 
     def __exit__(

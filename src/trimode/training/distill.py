@@ -42,7 +42,8 @@ def distill(
     batch_size: int = 32,
     on_bad: Callable[[int, str], None],
 ) -> Iterator[int]:
-    """Append an answer for each numbered prompt record that `path` does not hold yet; yields how many are done, batch by batch.
+    """Append an answer for each numbered prompt record that `path` does not hold yet; yields how many are done, at first and
+    after each batch.
 
     A record has `prompt` (text) or `messages`. on_bad is told the line number and the reason of each that cannot be answered.
     """
@@ -51,6 +52,7 @@ def distill(
     num_done = len(prompts) - len(left)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
+        yield num_done
         for window in _chunks(left, batch_size * WINDOW):
             by_length = sorted(window, key=lambda item: len(str(_prompt(item[1]))))
             for batch in _chunks(by_length, batch_size):

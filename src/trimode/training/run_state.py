@@ -75,6 +75,12 @@ class RunDirectory:
         """Whole states, oldest first."""
         return sorted(p for p in self.path.glob("step-*") if p.suffix == "" and (p / STATE).exists())
 
+    @property
+    def num_done(self) -> int:
+        """Updates that the newest state holds; whether it can be read, only `resume` shows."""
+        states = self.states()
+        return int(states[-1].name.removeprefix("step-")) if states else 0
+
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: int = 2) -> Path:
         """Write the state before update `step` (from 0). Raises RunStateError; the last whole state is then intact."""
         target = self.path / f"step-{step:07d}"
