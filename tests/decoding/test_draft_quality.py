@@ -63,8 +63,10 @@ class Known:
         return self._logits[start:stop]
 
 
-def model(predicts="self", causal=False, *, needs_neighbour=False):
-    config = tiny_config(vocab_size=V, block_predicts=predicts, known_tokens_are_causal=causal)
+def model(predicts="self", causal=False, *, needs_neighbour=False, block_length=4):
+    config = tiny_config(
+        vocab_size=V, block_predicts=predicts, known_tokens_are_causal=causal, block_length=block_length
+    )
     return LanguageModel("by heart", ByHeart(config, shifted=predicts == "next", needs_neighbour=needs_neighbour))
 
 
@@ -115,6 +117,49 @@ def test_drafts_of_several_passes_see_what_earlier_passes_drafted(predicts, caus
     _, careful = decode(hesitant, 40, threshold=0.9, **knobs)
     assert {accepted for accepted, _ in careful[:-1]} == {4}  # the last one drafts as far as the answer goes
     assert sum(accepted for accepted, _ in blind) / len(blind) <= 2
+
+
+def draft_lengths(model, **knobs):
+    """Masks of each draft forward of an answer of 60 tokens, and the answer."""
+    found = []
+
+    def observe(g, step, outcome):
+        if step.adapted or MASK in step.tokens:
+            found.append(step.tokens.count(MASK))
+
+    out = model.generate(PROMPT, mode="self_spec", max_new_tokens=60, observe=observe, **knobs)
+    assert out.token_ids == [text_at(p) for p in range(len(PROMPT), len(PROMPT) + 60)]
+    return found
+
+
+def test_linear_drafts_grow_where_they_are_accepted_and_shrink_where_not():
+    knowing, hesitant = (
+        model("next", causal=True, needs_neighbour=hesitant, block_length=8) for hesitant in (False, True)
+    )
+    grown = draft_lengths(knowing)
+    assert grown[0] == 4
+    longest = knowing.config.block_length - 1
+    assert grown[:-1] == sorted(grown[:-1])  # the last one ends with the answer
+    assert max(grown) == longest
+    shrunk = draft_lengths(hesitant)
+    assert shrunk[:-1] == sorted(shrunk[:-1], reverse=True)
+    assert shrunk[-2] == 3  # of which one is accepted, round after round
+
+
+@pytest.mark.parametrize("knobs", [{"block_length": 6}, {"threshold": 0.5}])
+def test_drafts_are_as_long_as_the_block_that_was_asked_for(knobs):
+    model_ = model("next", causal=True, needs_neighbour=True, block_length=8)
+    lengths = draft_lengths(model_, **knobs)
+    longest = knobs.get("block_length", model_.config.block_length) - 1
+    assert lengths[0] == max(lengths) == longest
+    if "threshold" not in knobs:
+        assert set(lengths[:-2]) == {longest}
+
+
+@pytest.mark.parametrize(("predicts", "causal"), WAYS[:3])
+def test_a_published_block_is_drafted_whole(predicts, causal):
+    lengths = draft_lengths(model(predicts, causal, needs_neighbour=True))
+    assert set(lengths) == {model(predicts, causal).config.block_length - 1}
 
 
 @ways

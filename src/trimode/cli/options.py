@@ -57,7 +57,11 @@ def _sampling(kind: Literal["int", "float"], metavar: str, help: str) -> Knob:
 KNOBS: Mapping[str, Knob] = {
     "mode": _decoding("word", "MODE", f"How to decode: {', '.join(MODES)}; auto picks for this checkpoint."),
     "max_new_tokens": _decoding("int", "N", "Longest answer, in tokens."),
-    "block_length": _decoding("int", "N", "Tokens in a block; the checkpoint's own if not given."),
+    "block_length": _decoding(
+        "int",
+        "N",
+        "Tokens in a block; the checkpoint's own if not given (self_spec of a converted model on a CPU: as long as lately paid).",
+    ),
     "threshold": _decoding(
         "float",
         "P",

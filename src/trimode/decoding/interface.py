@@ -59,6 +59,8 @@ class Traits:
     """Inputs of a self-speculation draft that the adapter acts on: "none", "all" or "masks"."""
     adapter_on_denoise: str = "none"
     """The same for diffusion's denoising steps."""
+    drafts_adapt: bool = False
+    """Each input costs time where this runs: linear drafts are as long as lately paid, unless the request names a block length."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,6 +257,8 @@ class Generation:
     """What its text holds, for a decoder that looks things up in it."""
     memo: Any = None
     """Whatever who chooses for `auto` remembers of it."""
+    lately_accepted: float = 1.5
+    """Drafts that a linear verification accepts, a moving mean; before the first one, a guess."""
     choice: Choice | None = None
     """What `auto` does now; None in every other mode."""
     choices: dict[str, int] = field(default_factory=dict)

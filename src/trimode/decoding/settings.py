@@ -72,7 +72,7 @@ class Settings:
     max_thinking_tokens: int | None = None
     """After so many tokens without `</think>`, it is put in."""
     block_length: int | None = None
-    """Tokens in a block."""
+    """Tokens in a block. None: the checkpoint's; linear drafts of a converted model on a CPU: as long as lately paid, at most that."""
     threshold: float | None = None
     """diffusion: a masked position commits at this confidence (0.9). self_spec: above 0, drafts take several passes (0)."""
     unmasking: str = "threshold"

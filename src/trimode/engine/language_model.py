@@ -555,14 +555,17 @@ class LanguageModel:
         config = self.config
         use = self.adapter is not None and settings.draft_lora is not False
         on_draft = "none" if not use else "masks" if config.adapter_acts_on == "masks" else "all"
+        first_is_exact = config.known_tokens_are_causal and config.block_predicts == "next"
         return Traits(
             mask_token_id=-1 if config.mask_token_id is None else config.mask_token_id,
             eos_token_ids=frozenset(config.eos_token_ids),
             block_length=config.block_length,
             known_tokens_are_causal=config.known_tokens_are_causal,
-            first_is_exact=config.known_tokens_are_causal and config.block_predicts == "next",
+            first_is_exact=first_is_exact,
             adapter_on_draft=on_draft,
             adapter_on_denoise="masks" if use and config.adapter_acts_on == "masks" else "none",
+            # a checkpoint as published drafts blocks of the length that it was trained for
+            drafts_adapt=first_is_exact and self.forward.device.type == "cpu",
         )
 
     # ---- filling in -------------------------------------------------------------------------------------------------------
