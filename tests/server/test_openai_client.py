@@ -2,6 +2,7 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -299,6 +300,11 @@ def test_rounds_of_several_lengths_have_no_one_block_length(model):
     g = answer.generation
     call = SimpleNamespace(entries=[SimpleNamespace(generation=g)])
     assert _cost([answer.stats()], call)["block_length"] == g.traits.block_length
+    traits = g.traits
+    g.traits = replace(traits, drafts_adapt=True)
+    assert _cost([answer.stats()], call)["block_length"] is None
+    g.settings = replace(g.settings, block_length=3)
+    assert _cost([answer.stats()], call)["block_length"] == 3
     g.choices = {"ar": 2, "linear 3": 1}
     cost = _cost([answer.stats()], call)
     assert (cost["block_length"], cost["choices"]) == (None, {"ar": 2, "linear 3": 1})

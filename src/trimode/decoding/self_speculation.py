@@ -32,6 +32,7 @@ __all__ = [
     "LinearSelfSpeculation",
     "QuadraticSelfSpeculation",
     "absorb_verification",
+    "drafts_adapt",
     "one_token",
     "verify_step",
 ]
@@ -100,13 +101,16 @@ class LinearSelfSpeculation(OneByOne):
         return settings.block_length or traits.block_length
 
 
+def drafts_adapt(g: Generation) -> bool:
+    """Whether its linear rounds have blocks as long as lately paid."""
+    is_set = g.settings.block_length is not None or g.settings.threshold or g.choice is not None
+    return g.traits.drafts_adapt and not is_set
+
+
 def _length_of_draft(g: Generation) -> int:
     """Of a linear round's block. Its anchor is one of it."""
     length = length_of_block(g)
-    is_chosen = g.choice is not None or g.settings.block_length is not None or g.settings.threshold
-    if is_chosen or not g.traits.drafts_adapt:
-        return length
-    return min(length, 1 + round(g.lately_accepted + AHEAD))
+    return min(length, 1 + round(g.lately_accepted + AHEAD)) if drafts_adapt(g) else length
 
 
 def one_token(g: Generation, row: Rows, kept: int) -> Outcome:

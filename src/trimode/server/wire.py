@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trimode.decoding.interface import TokenLogprob
+from trimode.decoding.self_speculation import drafts_adapt
 from trimode.engine.language_model import LanguageModel
 from trimode.engine.request import Generated, Stats, StreamEvent
 from trimode.server.schema import ChatRequest, GenerationRequest
@@ -256,17 +257,18 @@ def _cost(stats: Sequence[Stats], call: Call) -> dict[str, Any]:
     tallies = [entry.generation.tally for entry in call.entries]
     rounds, round_tokens = sum(t.rounds for t in tallies), sum(t.round_tokens for t in tallies)
     seconds = max(s.seconds for s in stats)
-    settings = call.entries[0].generation.settings
+    first = call.entries[0].generation
     choices = sum((Counter(entry.generation.choices) for entry in call.entries), Counter())
-    # the rounds of `auto` had blocks of several lengths, which `choices` tells
-    blocks = stats[0].mode in ("diffusion", "self_spec") and not choices
+    # the rounds of `auto` had blocks of several lengths, which `choices` tells; so have linear drafts that adapt
+    adapting = stats[0].self_spec_kind == "linear" and drafts_adapt(first)
+    blocks = stats[0].mode in ("diffusion", "self_spec") and not choices and not adapting
     return {
         "nfe_prefill": prefill,
         "nfe_decode": decode,
         "decode_tpf": tokens / max(decode, 1),
         "e2e_tpf": tokens / max(prefill + decode, 1),
         "acceptance_length": round_tokens / rounds if rounds else None,
-        "block_length": (settings.block_length or call.entries[0].generation.traits.block_length) if blocks else None,
+        "block_length": (first.settings.block_length or first.traits.block_length) if blocks else None,
         "self_spec_kind": stats[0].self_spec_kind,
         "choices": dict(choices) or None,
         "revised": sum(s.revised for s in stats),
