@@ -1,6 +1,8 @@
 """`trimode distill`: what it says when there is little or nothing to do."""
 
 import json
+import os
+import signal
 
 import pytest
 
@@ -50,3 +52,13 @@ def test_a_bad_line_is_refused_with_the_option_that_leaves_it_out(cli, answering
         assert "Line 2" in refused.stderr
         assert "--bad-lines skip" in refused.stderr
         assert "1 skipped" in cli(*command, "--bad-lines", "skip").stderr
+
+
+def test_one_that_is_stopped_says_how_to_go_on(cli, answering, tmp_path, monkeypatch):
+    def stopped(*args, **knobs):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(answering, "generate", stopped)
+    ended = cli("distill", prompts(tmp_path, "a"), "--output", str(tmp_path / "out.jsonl"))
+    assert ended.status == 130
+    assert "out.jsonl. The same command continues." in " ".join(ended.stderr.split())

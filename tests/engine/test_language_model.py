@@ -96,6 +96,17 @@ def test_auto_is_self_speculation_where_the_block_view_was_trained_and_autoregre
     assert tiny_model(1, mask_token_id=None).generate([5], max_new_tokens=4).stats.mode == "ar"
 
 
+def test_a_knob_that_one_mode_alone_has_chooses_it():
+    for knobs in ({"editing_threshold": 0.5}, {"remasking": "margin"}, {"max_denoising_steps": 2, "threshold": 0.5}):
+        out = MODEL.generate([5], max_new_tokens=4, **knobs)
+        assert out.stats.mode == "diffusion"
+        assert out.token_ids == MODEL.generate([5], mode="diffusion", max_new_tokens=4, **knobs).token_ids
+    assert MODEL.generate([5], max_new_tokens=4, self_spec_kind="quadratic").stats.mode == "self_spec"
+    assert MODEL.generate([5], max_new_tokens=4, block_length=2).stats.mode == "self_spec"
+    with pytest.raises(SettingError, match="no effect in mode"):
+        MODEL.generate([5], max_new_tokens=4, editing_threshold=0.5, self_spec_kind="quadratic")
+
+
 def test_an_untrained_block_view_is_said_in_one_line():
     out = tiny_model(1, trained_for_blocks=False).generate([5], mode="self_spec", max_new_tokens=4)
     assert "\n" not in out.stats.notice

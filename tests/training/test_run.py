@@ -308,13 +308,14 @@ def test_an_adapter_for_another_base_is_refused(world, tmp_path):
     [
         ("", "holds no documents"),
         ("{not json\n", "Line 1 of .*not JSON"),
+        ("\ufeff".encode("utf-16").decode("latin-1"), "Line 1 of .*not UTF-8"),
         ('{"prompt_ids": [1], "answer_ids": [1, 99, 2, 3]}\n', "Line 1 of .*ids below 40"),
         ('{"prompt_ids": [1], "answer_ids": [1]}\n', "Line 1 of .*fewer than 3 tokens"),
         ('{"question": "?"}\n', "Line 1 of .*no answer_ids"),
     ],
 )
 def test_bad_data_is_named_by_line_and_nothing_is_written(world, tmp_path, lines, fault):
-    (tmp_path / "bad.jsonl").write_text(lines)
+    (tmp_path / "bad.jsonl").write_text(lines, encoding="latin-1")
     with pytest.raises(DataError, match=fault):
         train(world, tmp_path / "run", f"data.sources=[{{ path = '{tmp_path / 'bad.jsonl'}' }}]")
     assert not (tmp_path / "run").exists()

@@ -241,7 +241,7 @@ def _fetch(name: str) -> Path:
     except Exception as error:  # its network and repository errors have no common base below Exception
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointNotFoundError(
-            f"There is no directory {name!r}, and the hub does not give it: {lines[0].rstrip('.: ')}."
+            f"There is no directory {name!r}, and the hub does not give it: {lines[0].removeprefix('Got: ').rstrip('.: ')}."
         ) from error
 
 

@@ -7,6 +7,7 @@ import typer
 
 from trimode.cli import screen
 from trimode.cli.options import Device, Dtype, ModelName, Quantize, Threads, given, whole_number
+from trimode.cli.progress import terminated_like_ctrl_c
 from trimode.errors import SettingError
 
 __all__ = ["distill"]
@@ -39,7 +40,8 @@ def distill(
 ) -> None:
     """Write a model's own greedy answers to a file of prompts.
 
-    Stopped with Ctrl-C or by a crash, the same command continues. Each line of the output is a training document with its ids.
+    Stopped by Ctrl-C, SIGTERM or a crash, the same command continues; answers that are there are kept, whatever options made them.
+    Each line of the output is a training document with its ids.
     """
     # the options are checked before torch is imported
     tokens = given({"max_new_tokens": max_new_tokens})["max_new_tokens"]
@@ -53,7 +55,12 @@ def distill(
     skipped: list[str] = []
     records = read_prompts(Path(prompts), limit=most, skip=skipped.append if bad_lines == "skip" else None)
     runner = screen.load(model, dtype=dtype, device=device, threads=threads, quantize=quantize)
-    report = run(runner, records, Path(output), tokens, longest, size)
+    try:
+        with terminated_like_ctrl_c():
+            report = run(runner, records, Path(output), tokens, longest, size)
+    except KeyboardInterrupt:
+        screen.say(f"Stopped; what is answered is in {output}. The same command continues.")
+        raise typer.Exit(130) from None
     for line in skipped:
         screen.say(f"skipped: {line}")
     report["skipped"] += len(skipped)
@@ -110,7 +117,8 @@ def run(runner: Any, records: Any, output: Path, max_new_tokens: int, longest: i
             records, answer, output, batch_size=batch_size, on_bad=lambda n, why: bad.append(f"line {n}: {why}")
         ):
             seconds = time.perf_counter() - start
-            progress.update(task, completed=done, rate=f"{made['tokens'] / seconds:.0f} tokens/s")
+            rate = f"{made['tokens'] / seconds:.0f} tokens/s" if made["tokens"] else ""
+            progress.update(task, completed=done, rate=rate)
     for line in bad:
         screen.say(f"skipped: {line}")
     return {

@@ -8,7 +8,7 @@ from typing import Any
 
 from trimode.cli import screen
 
-__all__ = ["bar"]
+__all__ = ["bar", "terminated_like_ctrl_c"]
 
 
 @contextmanager
@@ -27,12 +27,13 @@ def bar(total: int) -> Iterator[Callable[[str], None]]:
             progress.update(task, completed=begun, description=words)
             begun += 1
 
-        with _terminated_like_ctrl_c():
+        with terminated_like_ctrl_c():
             yield advance
 
 
 @contextmanager
-def _terminated_like_ctrl_c() -> Iterator[None]:
+def terminated_like_ctrl_c() -> Iterator[None]:
+    """SIGTERM is a KeyboardInterrupt in here."""
     if threading.current_thread() is not threading.main_thread():  # only there may signals be handled
         yield
         return

@@ -109,9 +109,9 @@ class TrainingLog:
         """The same for a reader."""
         cost, seconds = self.cost(), sum(record["seconds"] for record in self.history)
         peak = cost["peak_memory_bytes"]
-        return (
-            f"{len(self.history):,} updates in {seconds:,.0f} s: {cost['positions_per_second']:,.0f} positions a second"
-            + (f", {peak / 1e9:.2f} GB at the peak" if peak else "")
+        updates = "1 update" if len(self.history) == 1 else f"{len(self.history):,} updates"
+        return f"{updates} in {seconds:,.0f} s: {cost['positions_per_second']:,.0f} positions a second" + (
+            f", {peak / 1e9:.2f} GB at the peak" if peak else ""
         )
 
     def draw(self, recipe: Any) -> None:

@@ -17,6 +17,7 @@ __all__ = [
     "Settings",
     "check_for_mode",
     "check_with_constraint",
+    "mode_of",
     "parse_settings",
     "turns_a_mode",
 ]
@@ -143,6 +144,13 @@ def check_for_mode(given: Mapping[str, Any], mode: str) -> None:
             raise SettingError(
                 f"{own} has no effect in mode {mode!r}; it belongs to {' and '.join(modes)}. Leave it out."
             )
+
+
+def mode_of(given: Mapping[str, Any]) -> str | None:
+    """The one mode that has all of these knobs, where some belong to one mode only; None: there is none, or no such knob."""
+    each = [_ONLY_IN.get(_KNOB_ALIASES.get(name, name)) for name, value in given.items() if value is not None]
+    alone = {modes for modes in each if modes is not None and len(modes) == 1}
+    return alone.pop()[0] if len(alone) == 1 else None
 
 
 def turns_a_mode(given: Mapping[str, Any]) -> bool:

@@ -21,7 +21,14 @@ from trimode.decoding.generate import Observer, run_to_end
 from trimode.decoding.interface import Constraint, Decoder, Generation, Traits
 from trimode.decoding.lookup import LookupSelfSpeculation
 from trimode.decoding.self_speculation import LinearSelfSpeculation, QuadraticSelfSpeculation
-from trimode.decoding.settings import Settings, check_for_mode, check_with_constraint, parse_settings, turns_a_mode
+from trimode.decoding.settings import (
+    Settings,
+    check_for_mode,
+    check_with_constraint,
+    mode_of,
+    parse_settings,
+    turns_a_mode,
+)
 from trimode.decoding.trace import traced
 from trimode.device import check_memory, pick_device, pick_dtype, set_threads
 from trimode.engine.answer import Answer, AnswerText
@@ -490,6 +497,8 @@ class LanguageModel:
             knobs = {**knobs, **self.auto}
             settings = parse_settings(knobs)
             mode = settings.mode
+        if mode == "auto":
+            mode = mode_of(knobs) or mode
         if mode == "auto":
             mode = "self_spec" if self._drafts_are_trained or settings.self_spec_kind == "lookup" else "ar"
         check_for_mode(knobs, mode)

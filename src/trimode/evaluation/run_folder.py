@@ -60,7 +60,7 @@ class RunFolder:
         differing = sorted(key for key in {*known, *about} if known.get(key) != about.get(key))
         if differing:
             raise DataError(
-                f"{self.folder} holds a run with another {', '.join(differing[:3])}. "
+                f"{self.folder} holds a run that differs in {', '.join(differing[:3])}. "
                 "Give the same command again with --resume, or choose another --output."
             )
         lines = self._lines.read_text(encoding="utf-8").split("\n")

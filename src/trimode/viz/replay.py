@@ -58,7 +58,9 @@ def read_trace(path: Path) -> Replay:
         lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         raise DataError(f"There is no file {path}. Give one that --trace wrote.") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not UTF-8, so it is no trace. Give one that --trace wrote.") from None
+    except OSError as error:
         raise DataError(f"{path} cannot be read as a trace: {error}. Give one that --trace wrote.") from None
     replay = Replay()
     canvases: dict[int, dict[int, int | None]] = {}

@@ -199,7 +199,7 @@ def _forward_cost(cost: Report) -> str:
     head = ["positions in a forward", *map(str, cost["positions"])]
     rows = [
         ["milliseconds", *(f"{1000 * s:.1f}" for s in cost["seconds"])],
-        ["times one position", *(f"{ratio:.2f}" for ratio in cost["times_one"])],
+        ["times one position, paired", *(f"{ratio:.2f}" for ratio in cost["times_one"])],
     ]
     return f"A forward over T positions behind {cost['cached']} cached ones:\n\n" + _table(head, rows)
 

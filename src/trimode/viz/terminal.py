@@ -199,9 +199,9 @@ def forward_cost_lines(cost: Mapping[str, Any]) -> Text:
     rows = (
         ("positions in a forward", [str(T) for T in cost["positions"]]),
         ("milliseconds", [f"{1000 * s:.1f}" for s in cost["seconds"]]),
-        ("times one position", [f"{ratio:.2f}" for ratio in cost["times_one"]]),
+        ("times one position, paired", [f"{ratio:.2f}" for ratio in cost["times_one"]]),
     )
-    return Text("\n".join(f"{name:<24}" + "".join(f"{value:>9}" for value in values) for name, values in rows))
+    return Text("\n".join(f"{name:<28}" + "".join(f"{value:>9}" for value in values) for name, values in rows))
 
 
 def info_page(facts: Mapping[str, Any], machine: Mapping[str, int | None]) -> Text:
