@@ -59,6 +59,8 @@ adapter: .venv/.ready
 	$(BIN)/trimode train recipes/smollm2-135m/adapter.toml --output runs/smollm2-135m
 	$(BIN)/trimode train recipes/smollm2-135m/more.toml --output runs/smollm2-135m-more \
 		--set adapter.initial=$(CURDIR)/runs/smollm2-135m/adapter
+	$(BIN)/trimode train recipes/smollm2-135m/broader.toml --output runs/smollm2-135m-broader \
+		--set adapter.initial=$(CURDIR)/runs/smollm2-135m-more/adapter
 
 $(BIN)/python:
 	@test -n '$(PYTHON)' || { echo 'Python 3.11 or newer is needed, and none was found.' \
