@@ -149,3 +149,10 @@ def test_a_model_that_is_int8_by_default_is_saved_as_the_numbers_that_it_was_loa
     ids = [5, 6, 7, 8]
     expected = trimode.load("smollm2-135m", dtype="float32").logits(ids)
     assert (again.logits(ids) - expected).abs().max() < 2e-3  # sums in another order
+
+
+def test_a_knob_that_diffusion_alone_has_is_no_matter_for_auto(model):
+    knobs = {"max_new_tokens": 16, "editing_threshold": 0.5}
+    out = model.generate("Name three colours.", **knobs)
+    assert (out.stats.mode, out.stats.choices) == ("diffusion", None)
+    assert out.token_ids == model.generate("Name three colours.", mode="diffusion", **knobs).token_ids

@@ -102,8 +102,11 @@ class LinearSelfSpeculation(OneByOne):
 
 
 def drafts_adapt(g: Generation) -> bool:
-    """Whether its linear rounds have blocks as long as lately paid."""
-    is_set = g.settings.block_length is not None or g.settings.threshold or g.choice is not None
+    """Whether its linear rounds have blocks as long as lately paid. A seeded answer must not hang on where it is made."""
+    s = g.settings
+    is_set = (
+        s.block_length is not None or s.threshold or g.choice is not None or (s.temperature > 0 and s.seed is not None)
+    )
     return g.traits.drafts_adapt and not is_set
 
 

@@ -63,8 +63,6 @@ Backend = Literal["auto", "native", "torch"]
 
 DEFAULT_SPAN_LENGTH = 16
 _NATIVE_DTYPES: dict[torch.dtype, Precision] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-_NOT_FOR_AUTO = {"block_length", "block_size", "threshold", "self_spec_kind", "draft_lora"}
-"""Whoever sets one of these has chosen already."""
 _NOT_FOR_INFILL = {
     "mode",
     "logprobs",
@@ -419,7 +417,7 @@ class LanguageModel:
         ids = encode_prompt(prompt, self.tokenizer, self.config, raw=raw, variables=template)
         settings = self._fit(len(ids), settings, "max_new_tokens" in knobs)
         decoder = self._decoders[settings.self_spec_kind if mode == "self_spec" else mode]
-        if settings.mode == "auto" and not _NOT_FOR_AUTO & set(knobs):
+        if settings.mode == "auto" and not turns_a_mode(knobs):  # whoever turns one has chosen already
             decoder = self._auto() or decoder
         return self._begin(ids, settings, mode, decoder, None if grammar is None else grammar.start())
 

@@ -40,7 +40,7 @@ def read_records(path: Path, *, skip: Skip | None = None) -> Iterator[tuple[int,
                 fault = None
                 record: Any = None
                 try:
-                    record = json.loads(line.decode())
+                    record = json.loads(line.decode("utf-8-sig"))
                     if not isinstance(record, dict):
                         fault = "it is not an object"
                 except UnicodeDecodeError:

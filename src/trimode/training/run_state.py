@@ -77,9 +77,11 @@ class RunDirectory:
 
     @property
     def num_done(self) -> int:
-        """Updates that the newest state holds; whether it can be read, only `resume` shows."""
-        states = self.states()
-        return int(states[-1].name.removeprefix("step-")) if states else 0
+        """Updates that the newest state holds; 0 for one that cannot be read, which `resume` names."""
+        try:
+            return json.loads((self.states()[-1] / STATE).read_text())["step"]
+        except (IndexError, OSError, ValueError, KeyError, TypeError):
+            return 0
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: int = 2) -> Path:
         """Write the state before update `step` (from 0). Raises RunStateError; the last whole state is then intact."""
