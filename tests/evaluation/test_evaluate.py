@@ -227,7 +227,7 @@ def test_a_run_folder_refuses_what_is_not_its_own(tmp_path):
     run.append({"n": 1})
     again = RunFolder.open(tmp_path / "a", "lines", {"x": 1}, resume=True)
     assert again.records == [{"n": 1}]
-    with pytest.raises(DataError, match="another x"):
+    with pytest.raises(DataError, match="differs in x"):
         RunFolder.open(tmp_path / "a", "lines", {"x": 2}, resume=True)
     (tmp_path / "a" / "lines.jsonl").write_text("nonsense\n")
     with pytest.raises(DataError, match="line 1"):
