@@ -8,9 +8,9 @@ of the whole.
 import json
 import random
 import sys
-from itertools import islice
 from pathlib import Path
 
+from mix_prompts import taking_turns
 from passage_prompts import lines, mixture
 
 import trimode
@@ -33,19 +33,11 @@ def left_over(train):
     for source in ("t0-p3", "gsm8k-train"):
         own = [record["prompt"] for record in train if record["source"] == source and record["prompt"] not in seen]
         kinds[source] = [{"source": source, "prompt": prompt} for prompt in own]
-    for source in ("t0-p3", "gsm8k-train"):
         rng.shuffle(kinds[source])
     return kinds, rng
 
 
 if __name__ == "__main__":
     kinds, rng = left_over(lines(sys.argv[1]))
-    queues = {kind: iter(prompts) for kind, prompts in kinds.items()}
-    written = set()
-    for _ in range(ROUNDS):
-        part = [record for kind, share in SHARES.items() for record in islice(queues[kind], share)]
-        rng.shuffle(part)
-        for record in part:
-            if record["prompt"] not in written:
-                written.add(record["prompt"])
-                sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
+    for record in taking_turns(kinds, SHARES, ROUNDS, rng):
+        sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -29,10 +29,15 @@ def mixture(train, programming):
     for records in sources.values():
         rng.shuffle(records)
     sources["python-stdlib"] = programming
-    queues = {source: iter(sources[source]) for source in SHARES}
+    yield from taking_turns(sources, SHARES, ROUNDS, rng)
+
+
+def taking_turns(sources, shares, rounds, rng):
+    """The sources' prompts in fixed shares, shuffled round by round, each once."""
+    queues = {source: iter(sources[source]) for source in shares}
     seen = set()
-    for _ in range(ROUNDS):
-        part = [record for source, share in SHARES.items() for record in islice(queues[source], share)]
+    for _ in range(rounds):
+        part = [record for source, share in shares.items() for record in islice(queues[source], share)]
         rng.shuffle(part)
         for record in part:
             if record["prompt"] not in seen:
