@@ -105,8 +105,13 @@ def test_one_command_converts_a_base_and_continues_where_it_was(world, tmp_path,
         out = model.generate([5, 6, 7], mode="self_spec", self_spec_kind=kind, max_new_tokens=20)
         assert out.token_ids == ar.token_ids
     assert model.generate([5, 6, 7], mode="diffusion", max_new_tokens=20).token_ids
-    assert program(command) == 2  # it is there already
-    assert "not empty" in capsys.readouterr().err
+    assert program(command) == 0  # it is there already
+    out, err = capsys.readouterr()
+    assert "is finished" in err
+    assert json.loads(out)["checkpoint"] == str(tmp_path / "new")
+    for other in (["--set", "train.seed=3"], ["--steps", "30"]):  # another run, or more of this one
+        assert program([*command, *other]) == 2
+        assert "not empty" in capsys.readouterr().err
 
 
 class _Words:

@@ -64,13 +64,18 @@ def convert(
     longest = whole_number(max_tokens, "--max-tokens", low=8)
     num_threads = None if threads is None else whole_number(threads, "--threads", low=1)
     target = Path(output)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise SettingError(f"{target} exists already and is not empty. Choose another place or remove it.")
+    is_taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    taken = SettingError(f"{target} exists already and is not empty. Choose another place or remove it.")
 
     if quantize is not None:
+        if is_taken:
+            raise taken
         asked = {"--data": data, "--adapter": adapter, "--full": full, "--mask-token": mask_token, "--set": changes}
         _quantized(base, target, quantize, [name for name, value in asked.items() if value], json=json)
         return
+    run = target.parent / f"{target.name}.run"
+    if is_taken and not run.exists():
+        raise taken
     if not data:
         raise SettingError("--data names the documents to train on. Give it, or --quantize int8 to train nothing.")
 
@@ -110,7 +115,14 @@ def convert(
     else:
         raw["blocks"] = {"block_lengths": [length], "partial": 0.2, "distill": 0.3}
     recipe = make_recipe(raw, Path.cwd(), changes or [])
-    run = target.parent / f"{target.name}.run"
+    if is_taken:
+        if not _has_made(run, recipe):
+            raise taken
+        if screen.is_first_rank():
+            screen.say(f"{target} is finished; remove it and {run} to make it anew.")
+            if json:
+                screen.print_json({"checkpoint": str(target), "mask_token_id": mask, "steps": num_steps})
+        return
     summary = train.run(recipe, run, device, num_threads, checkpoint)
     if not screen.is_first_rank():
         return
@@ -124,6 +136,17 @@ def convert(
         screen.print_json(summary)
     else:
         screen.say(f"{target} decodes in every mode: trimode generate --model {target} --mode self_spec 'Hello'")
+
+
+def _has_made(run: Path, recipe: Any) -> bool:
+    """Whether this folder holds the same run, and it is at its end."""
+    from trimode.errors import RunStateError
+    from trimode.training.run_state import RunDirectory
+
+    try:
+        return RunDirectory(run, identity=recipe.identity()).num_done == recipe.train.steps
+    except RunStateError:
+        return False
 
 
 def _quantized(base: str, target: Path, quantize: str, idle: list[str], *, json: bool) -> None:

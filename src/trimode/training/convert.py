@@ -242,17 +242,22 @@ def choose_mask(config: ModelConfig, tokenizer: Tokenizer | None, wanted: str | 
 
 
 def write_converted(directory: Path, run: Path, recipe: Recipe, base: Checkpoint) -> None:
-    """The checkpoint that a finished run makes of its base."""
+    """The checkpoint that a finished run makes of its base, whole or not at all."""
+    draft = directory.with_name(f"{directory.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
     if recipe.objective != "adapter":
-        shutil.copytree(run / "checkpoint", directory, dirs_exist_ok=True)
-        return
-    stored = open_adapter(run / "adapter", base.config)
-    dtype = DTYPES.get(base.stored_dtype, torch.bfloat16)
-    extra = {"trimode": {**stored.facts, "base_fingerprint": stored.base}}
-    save_checkpoint(directory, base.config, base.tensors(dtype=dtype), adapter=stored.read(), adapter_extra=extra)
-    tokenizer = base.tokenizer()
-    if tokenizer is not None:
-        tokenizer.save(directory)
+        shutil.copytree(run / "checkpoint", draft)
+    else:
+        stored = open_adapter(run / "adapter", base.config)
+        dtype = DTYPES.get(base.stored_dtype, torch.bfloat16)
+        extra = {"trimode": {**stored.facts, "base_fingerprint": stored.base}}
+        save_checkpoint(draft, base.config, base.tensors(dtype=dtype), adapter=stored.read(), adapter_extra=extra)
+        tokenizer = base.tokenizer()
+        if tokenizer is not None:
+            tokenizer.save(draft)
+    if directory.exists():
+        directory.rmdir()  # whoever made it left it empty
+    draft.rename(directory)
 
 
 def take_adapter(model: TrainableModel, directory: Path) -> None:
