@@ -106,15 +106,16 @@ def test_decoding_drafts_with_it_unless_the_adapter_is_off(kind):
     shape = CONVERTED | {"block_length": 4}
     plain = random_lora(tiny_config(**shape))
     with_it = random_lora(tiny_config(**shape), successor=5)
+    prompts = [[7, p] for p in range(4, 12)]
+    knobs = {"max_new_tokens": 60, "ignore_eos": True}
+    texts = [tiny_model(4, **shape).generate(p, mode="ar", **knobs).token_ids for p in prompts]
     forwards = {}
     for name, lora in {"plain": plain, "successor": with_it}.items():
+        model = tiny_model(4, lora=lora, **shape)
         for draft_lora in (True, False):
-            model = tiny_model(4, lora=lora, **shape)
-            knobs = {"self_spec_kind": kind, "max_new_tokens": 60, "ignore_eos": True, "draft_lora": draft_lora}
-            outs = [model.generate([7, p], mode="self_spec", **knobs) for p in range(4, 24)]
-            assert [o.token_ids for o in outs] == [
-                model.generate([7, p], mode="ar", max_new_tokens=60, ignore_eos=True).token_ids for p in range(4, 24)
-            ]
+            drafting = {"self_spec_kind": kind, "draft_lora": draft_lora}
+            outs = [model.generate(p, mode="self_spec", **drafting, **knobs) for p in prompts]
+            assert [o.token_ids for o in outs] == texts
             forwards[name, draft_lora] = [o.stats.nfe_decode for o in outs]
     assert forwards["plain", True] != forwards["successor", True]
     assert forwards["plain", False] == forwards["successor", False]

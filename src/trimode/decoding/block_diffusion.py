@@ -89,7 +89,9 @@ def length_of_block(generation: Generation) -> int:
     return generation.settings.block_length or generation.traits.block_length
 
 
-def block_step(generation: Generation, kind: str, canvas: Sequence[int], places: Sequence[int], adapter: str) -> Step:
+def block_step(
+    generation: Generation, kind: str, canvas: Sequence[int], places: Sequence[int], adapter: str, *, takes_best: bool
+) -> Step:
     """A forward over the uncached final tokens and the canvas behind them, asking for these places of the canvas."""
     known = generation.uncached
     tokens = known + tuple(canvas)
@@ -101,7 +103,7 @@ def block_step(generation: Generation, kind: str, canvas: Sequence[int], places:
     elif adapter == "masks":
         adapted = tuple(len(known) + i for i, token in enumerate(canvas) if token == mask)
     at = tuple(len(known) + place for place in places)
-    return Step(kind=kind, tokens=tokens, view=view, at=at, adapted=adapted)
+    return Step(kind=kind, tokens=tokens, view=view, at=at, adapted=adapted, takes_best=takes_best)
 
 
 def places_asked(generation: Generation, progress: Progress) -> list[int]:
@@ -306,7 +308,8 @@ class BlockDiffusion(OneByOne):
         if g.traits.first_is_exact:
             return _exact_step(g)
         kind = "denoise" if g.traits.mask_token_id in g.canvas else "revise"
-        return block_step(g, kind, g.canvas, places_asked(g, g.state), g.traits.adapter_on_denoise)
+        places = places_asked(g, g.state)
+        return block_step(g, kind, g.canvas, places, g.traits.adapter_on_denoise, takes_best=_takes_best(g))
 
     def absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Outcome:
         if g.state is None:
@@ -418,6 +421,11 @@ def _may_try(g: Generation) -> bool:
     )
 
 
+def _takes_best(g: Generation) -> bool:
+    """Whether arg-maxima say what fills a block: not where a draft head chooses, nor where a policy looks at other tokens too."""
+    return not (g.traits.has_draft_head or g.settings.unmasking in ("margin", "entropy_bound"))
+
+
 def _exact_step(g: Generation) -> Step:
     """The final tokens and the canvas, asking after what stands before each place that is to be predicted.
 
@@ -435,13 +443,16 @@ def _exact_step(g: Generation) -> Step:
     # a mask at the end would only predict what lies beyond the block
     canvas = [*tried, *(g.canvas[len(tried) : -1] if g.canvas[-1] == mask else g.canvas[len(tried) :])]
     tokens = known + tuple(canvas)
-    adapted = tuple(len(known) + i for i, token in enumerate(canvas) if token == mask)
+    adapted: tuple[int, ...] = ()
+    if g.traits.adapter_on_denoise == "masks":
+        adapted = tuple(len(known) + i for i, token in enumerate(canvas) if token == mask)
     return Step(
         kind=kind,
         tokens=tokens,
         view=BlockOverCausal(len(known) + len(tried)),
         after=after,
-        adapted=adapted if g.traits.adapter_on_denoise == "masks" else (),
+        adapted=adapted,
+        takes_best=_takes_best(g) or not adapted,
     )
 
 
@@ -501,7 +512,8 @@ class Infill(OneByOne):
             num_steps = g.settings.max_denoising_steps or num_masked
             g.state = Progress(num_masked=num_masked, num_steps=num_steps, fixed=fixed, banned=banned)
         kind = "denoise" if g.traits.mask_token_id in g.canvas else "revise"
-        return block_step(g, kind, g.canvas, places_asked(g, g.state), g.traits.adapter_on_denoise)
+        # what may not fill a gap is left out of the logits
+        return block_step(g, kind, g.canvas, places_asked(g, g.state), g.traits.adapter_on_denoise, takes_best=False)
 
     def absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Outcome:
         if step.kind == "prefill":

@@ -61,6 +61,8 @@ class Traits:
     """The same for diffusion's denoising steps."""
     drafts_adapt: bool = False
     """Each input costs time where this runs: linear drafts are as long as lately paid, unless the request names a block length."""
+    has_draft_head: bool = False
+    """Drafts are chosen by a head that knows the draft before each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +81,8 @@ class Step:
     """Inputs whose own place is to be predicted."""
     adapted: tuple[int, ...] = ()
     """Inputs that the draft adapter acts on."""
+    takes_best: bool = True
+    """Arg-maxima, which a GPU must be waited for, tell the decoder what it asks. Else it reads what it needs itself."""
 
 
 @runtime_checkable

@@ -76,7 +76,8 @@ class LinearSelfSpeculation(OneByOne):
                 return _draft_after(g, length - 1)
         places = [i for i, token in enumerate(g.canvas) if token == mask]
         if places:
-            return block_step(g, "draft", g.canvas, places, g.traits.adapter_on_draft)
+            # no draft head fills these: it is another pass by confidence, or a checkpoint without an exact first place
+            return block_step(g, "draft", g.canvas, places, g.traits.adapter_on_draft, takes_best=True)
         return verify_step(g)
 
     def absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Outcome:
@@ -114,6 +115,11 @@ def _length_of_draft(g: Generation) -> int:
     """Of a linear round's block. Its anchor is one of it."""
     length = length_of_block(g)
     return min(length, 1 + round(g.lately_accepted + AHEAD)) if drafts_adapt(g) else length
+
+
+def _takes_best(g: Generation) -> bool:
+    """Whether arg-maxima are the drafts: a draft head goes on where the logits lie."""
+    return bool(g.settings.threshold) or not g.traits.has_draft_head or g.traits.adapter_on_draft == "none"
 
 
 def one_token(g: Generation, row: Rows, kept: int) -> Outcome:
@@ -163,6 +169,7 @@ def _draft_after(g: Generation, num_masks: int) -> Step:
         view=BlockOverCausal(len(known)),
         after=(len(known) - 1, *masks),
         adapted=() if g.traits.adapter_on_draft == "none" else masks,
+        takes_best=_takes_best(g),
     )
 
 
@@ -233,6 +240,7 @@ class QuadraticSelfSpeculation(OneByOne):
             after=after,
             at=at,
             adapted=() if g.traits.adapter_on_draft == "none" else masks,
+            takes_best=_takes_best(g),
         )
 
     def absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Outcome:

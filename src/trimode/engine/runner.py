@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import torch
 
-from trimode.decoding.block_diffusion import BlockDiffusion, Infill
 from trimode.decoding.interface import Generation, Predictions, Rows, Step
 from trimode.model.attention import Span
 from trimode.model.forward import Cache, Forward, Inputs
@@ -17,18 +16,10 @@ from trimode.model.forward import Cache, Forward, Inputs
 __all__ = ["Runner"]
 
 
-def _wants_best(g: Generation, step: Step, drafts_know: bool) -> bool:
-    """Whether arg-maxima tell this generation what it asks. Else its decoder reads what it needs, and they would be read for nothing.
-    drafts_know: a draft head chooses, which goes on where the logits lie."""
-    settings = g.settings
-    if settings.temperature > 0 or settings.has_penalty or settings.logit_bias or g.constraint is not None:
-        return False
-    if isinstance(g.decoder, Infill):
-        return False  # what may not fill a gap is left out of the logits
-    if isinstance(g.decoder, BlockDiffusion):
-        looks_closer = drafts_know or settings.unmasking in ("margin", "entropy_bound")
-        return not (looks_closer and (step.at or step.adapted))
-    return not (drafts_know and step.adapted) or bool(settings.threshold)
+def _wants_best(g: Generation, step: Step) -> bool:
+    """Whether arg-maxima tell this generation what it asks."""
+    s = g.settings
+    return step.takes_best and not (s.temperature > 0 or s.has_penalty or s.logit_bias or g.constraint is not None)
 
 
 class Runner:
@@ -38,7 +29,6 @@ class Runner:
         self._forward = forward
         self._cache = cache
         self._slots: dict[int, int] = {}
-        self._drafts_know = forward.draft_head is not None
         self._shifted = forward.config.block_predicts == "next"
         logits = torch.empty(0, forward.config.vocab_size, dtype=forward.dtype, device=forward.device)
         self._no_rows = Rows(logits, (), torch.empty(0, device=forward.device))
@@ -78,7 +68,7 @@ class Runner:
             spans=spans,
             adapted=adapted,
             asked=asked,
-            wants_best=any(_wants_best(g, step, self._drafts_know) for g, step in zip(generations, steps, strict=True)),
+            wants_best=any(map(_wants_best, generations, steps)),
         )
         begun = time.perf_counter()
         rows = Rows(*self._forward(inputs, self._cache).answers(0, len(asked)))
