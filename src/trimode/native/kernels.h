@@ -15,6 +15,8 @@ constexpr int kWideGroup = 3 * kDepth;  // inputs that share a scale in s8
 
 enum class Format : int { f32 = 0, bf16 = 1, u8 = 2, u4 = 3, s8 = 4 };
 
+constexpr size_t kOnTheWay = 8192;  // bytes of weights, at least: what a core reads while one line comes from memory
+
 // Memory that will be wanted next.
 struct Ahead {
   const uint8_t* at = nullptr;

@@ -307,10 +307,17 @@ void multiply(const Matrix& m, int from, int to, const Rows& x, int num_rows, co
 #ifdef TRIMODE_TILES
   if (m.format == Format::s8 && x.rounding == Rounding::digits) return multiply_tiles(m, from, to, x, num_rows, out);
 #endif
-  const auto next = [&](int panel) { return panel < to ? m.panels(panel, lesser(to, panel + kPanels)) : then; };
+  const int distance = kPanels * (1 + (int)(kOnTheWay / (kPanels * m.panel_bytes)));  // many of small panels
+  Ahead behind = then;
+  const auto next = [&](int panel) {
+    if (panel + distance < to) return m.panels(panel + distance, lesser(to, panel + distance + kPanels));
+    const Ahead rest = behind;
+    behind = {};
+    return rest;
+  };
   int panel = from;
-  for (; panel + kPanels <= to; panel += kPanels) panels_of<kPanels>(m, panel, x, num_rows, out, next(panel + kPanels));
-  for (; panel < to; ++panel) panels_of<1>(m, panel, x, num_rows, out, next(panel + 1));
+  for (; panel + kPanels <= to; panel += kPanels) panels_of<kPanels>(m, panel, x, num_rows, out, next(panel));
+  for (; panel < to; ++panel) panels_of<1>(m, panel, x, num_rows, out, next(panel));
 }
 
 // ---- rows ------------------------------------------------------------------------------------------------------------------

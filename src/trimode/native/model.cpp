@@ -88,6 +88,12 @@ std::vector<Model::Job> Model::split(int num_outputs) const {
   return jobs;
 }
 
+const std::vector<Model::Job>& Model::low_jobs(Place place, const Matrix& a) {
+  std::vector<Job>& jobs = low_jobs_[place];
+  if (jobs.empty() || jobs.back().own.to != a.num_panels) jobs = split(a.num_outputs);
+  return jobs;
+}
+
 void Model::reserve(int n) {
   const Config& c = config;
   const int q = c.num_heads * c.head_size, kv = c.num_kv_heads * c.head_size;
@@ -202,7 +208,9 @@ void fetch(const Rows& x, int num_rows) {
     lines(x.biases, x.group_stride);
 }
 
-Ahead ahead(const Matrix& m, int panel) { return m.panels(panel, std::min(m.num_panels, panel + kAheadPanels)); }
+Ahead ahead(const Matrix& m, int panel) {
+  return m.panels(panel, std::min(m.num_panels, panel + std::max(kAheadPanels, (int)(kOnTheWay / m.panel_bytes))));
+}
 
 }  // namespace
 
@@ -305,7 +313,7 @@ void Model::apply(const Layer& layer, Place place, const Rows& x, const Floats2d
   if (!layer.biases[place].empty()) finish.bias = layer.biases[place].data(), finish.num_biases = (int)layer.biases[place].size();
   Product base{jobs.data(), (int)jobs.size(), y, num_rows, finish};
   base.put({&w.matrix, x, 0, num_rows, 0, add, 1.0f});
-  if (runs_.empty() || !group.a.is_set()) return multiply(base, nullptr, following);
+  if (!is_adapted(layer, place)) return multiply(base, nullptr, following);
 
   // beside the base the adapter's A, then what its B add to that
   const Matrix& a = group.a.matrix;
@@ -314,8 +322,8 @@ void Model::apply(const Layer& layer, Place place, const Rows& x, const Floats2d
   Rows low = rows_of(low_, num_adapted_, rank, rounding(group.parts[0].b), prepared_low_);
   const bool rounds = low.rounding == Rounding::groups;
   const Rows own = rounding(w) == rounding(group.a) ? x : prepare(floats, num_rows, a.num_inputs, rounding(group.a), prepared_other_, {});
-  if (low_jobs_.empty() || low_jobs_.back().own.to != a.num_panels) low_jobs_ = split(rank);
-  Product to_low{low_jobs_.data(), (int)low_jobs_.size(), low_, num_adapted_, {}};
+  const std::vector<Job>& own_jobs = low_jobs(place, a);
+  Product to_low{own_jobs.data(), (int)own_jobs.size(), low_, num_adapted_, {}};
   if (rounds) to_low.finish.rounded = low, to_low.finish.room = &prepared_low_;
   int num = 0;
   for (const Run& run : runs_) {
@@ -323,7 +331,7 @@ void Model::apply(const Layer& layer, Place place, const Rows& x, const Floats2d
     num += run.count;
   }
   base.finish = {};
-  multiply(to_low, &base, {&group.parts[0].b.matrix});
+  multiply(to_low, &base, {&group.parts[0].b.matrix, jobs.data(), (int)jobs.size()});
   if (!rounds) low = prepare(low_, num_adapted_, rank, low.rounding, prepared_low_, {});
   bool is_aligned = true;
   for (const AdapterPart& part : group.parts) is_aligned = is_aligned && part.output % kLanes == 0;
@@ -480,7 +488,9 @@ void Model::run(const int* tokens, const int* positions, int n, const std::vecto
   for (int index = 0; index < config.num_layers; ++index) {
     const Layer& layer = layers[index];
     const auto next_of = [&](const Layer& of, Place place) {
-      return Next{&of.maps[place].matrix, jobs_[place].data(), (int)jobs_[place].size()};
+      const Matrix& first = is_adapted(of, place) ? of.adapters[place].a.matrix : of.maps[place].matrix;
+      const std::vector<Job>& jobs = is_adapted(of, place) ? low_jobs(place, first) : jobs_[place];
+      return Next{&first, jobs.data(), (int)jobs.size()};
     };
     const auto next = [&](Place place) { return next_of(layer, place); };
     const auto rounding_at = [&](Place place) { return rounding(layer.maps[place]); };

@@ -230,6 +230,9 @@ class Model {
     std::function<void(int)> work;
   };
   std::vector<Job> split(int num_outputs) const;
+  const std::vector<Job>& low_jobs(Place place, const Matrix& a);
+  // Whether an adapter acts on inputs of this forward there.
+  bool is_adapted(const Layer& layer, Place place) const { return !runs_.empty() && layer.adapters[place].a.is_set(); }
   // Rows with room for what rounding makes of them.
   static Rows rows_of(const Floats2d& x, int num_rows, int num_inputs, Rounding rounding, Prepared& room);
   // numbers [from, to) of a row, whole groups
@@ -260,7 +263,7 @@ class Model {
   Prepared prepared_, prepared_attended_, prepared_gated_, prepared_low_, prepared_other_, prepared_final_;
   std::vector<Job> jobs_[kPlaces];
   bool turns_in_job_ = false, gates_in_job_ = false;  // whether heads, or groups of gated numbers, are whole panels
-  std::vector<Job> low_jobs_;
+  std::vector<Job> low_jobs_[kPlaces];  // of an adapter's A
   std::vector<Queries> queries_;
   std::vector<Run> runs_;
   int num_adapted_ = 0;
