@@ -104,38 +104,80 @@ class DraftHead(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
 class Rows:
-    """Logits of some inputs, and what the engine found beside them, so that nobody needs to go over a whole vocabulary again."""
+    """Logits of some inputs, and what the engine found beside them, so that nobody needs to go over a whole vocabulary again.
 
-    logits: Tensor
-    """[n, V] in the model's dtype"""
-    best: tuple[int, ...] | None = None
-    """The arg-max of each row, the mask token left out."""
-    logsumexp: Tensor | None = None
-    """[n] float32"""
-    best_logits: Tensor | None = None
-    """[n] float32 of `best`, on the host like it"""
-    hidden: Any = None
-    """[n, D] What the draft head wants of these inputs, a tensor or an array as it takes them."""
-    draft_head: "DraftHead | None" = None
-    """Chooses drafts that know the draft before them, where the checkpoint has such a head."""
+    A part of them is cut when it is looked at: nobody looks at most of what a step gives, and tensors take their time.
+    """
+
+    __slots__ = ("_beside", "_cut", "best", "draft_head")
+
+    def __init__(
+        self,
+        logits: Tensor,
+        best: tuple[int, ...] | None = None,
+        logsumexp: Tensor | None = None,
+        best_logits: Tensor | None = None,
+        hidden: Any = None,
+        draft_head: DraftHead | None = None,
+    ) -> None:
+        self.best = best
+        """The arg-max of each row, the mask token left out."""
+        self.draft_head = draft_head
+        """Chooses drafts that know the draft before them, where the checkpoint has such a head."""
+        self._beside: tuple[Tensor, Tensor | None, Tensor | None, Any] = (logits, logsumexp, best_logits, hidden)
+        self._cut: slice | None = None
+
+    @property
+    def logits(self) -> Tensor:
+        """[n, V] in the model's dtype"""
+        return self._part(0)
+
+    @property
+    def logsumexp(self) -> Tensor | None:
+        """[n] float32"""
+        return self._part(1)
+
+    @property
+    def best_logits(self) -> Tensor | None:
+        """[n] float32 of `best`, on the host like it"""
+        return self._part(2)
+
+    @property
+    def hidden(self) -> Any:
+        """[n, D] What the draft head wants of these inputs, a tensor or an array as it takes them."""
+        return self._part(3)
+
+    def _part(self, index: int) -> Any:
+        whole = self._beside[index]
+        return whole if self._cut is None or whole is None else whole[self._cut]
 
     def __len__(self) -> int:
-        return len(self.logits)
+        if self.best is not None:
+            return len(self.best)
+        return self._beside[0].shape[0] if self._cut is None else self._cut.stop - self._cut.start
 
     def __getitem__(self, which: slice | list[int]) -> "Rows":
-        if isinstance(which, list) and which == list(range(which[0] if which else 0, which[-1] + 1 if which else 0)):
+        if isinstance(which, list):
+            if which != list(range(which[0] if which else 0, which[-1] + 1 if which else 0)):
+                return self._picked(which)
             # a run of rows is looked at where it lies
             which = slice(which[0], which[-1] + 1) if which else slice(0, 0)
-        best = self.best
-        if best is not None:
-            best = best[which] if isinstance(which, slice) else tuple(best[i] for i in which)
+        start, stop, step = which.indices(len(self))
+        assert step == 1
+        begin = 0 if self._cut is None else self._cut.start
+        part = Rows(self._beside[0], None if self.best is None else self.best[which], draft_head=self.draft_head)
+        part._beside = self._beside
+        part._cut = slice(begin + start, begin + max(start, stop))
+        return part
+
+    def _picked(self, which: list[int]) -> "Rows":
+        best = None if self.best is None else tuple(self.best[i] for i in which)
 
         def part(x: Any) -> Any:
             if x is None:
                 return None
-            return x[sent(which, x.device)] if isinstance(x, Tensor) and isinstance(which, list) else x[which]
+            return x[sent(which, x.device)] if isinstance(x, Tensor) else x[which]
 
         beside = map(part, (self.logsumexp, self.best_logits, self.hidden))
         return Rows(part(self.logits), best, *beside, draft_head=self.draft_head)
