@@ -169,10 +169,10 @@ class NativeCache:
         """Copy what lies at `source` and behind it to `target`, beginnings of slots both; the two may overlap."""
         self.handle.copy(source, target, num_positions)
 
-    def room(self, num_rows: int, vocab_size: int) -> _Room:
-        """For the logits of the forward at hand: the next one over this cache uses it again."""
-        if num_rows > _MOST_KEPT:
-            return _Room.new(num_rows, vocab_size)
+    def room(self, num_rows: int, vocab_size: int) -> _Room | None:
+        """For the logits of the forward at hand: the next one over this cache uses it again. None: for none, or for many."""
+        if not 0 < num_rows <= _MOST_KEPT:
+            return None
         found = self._rooms.get(num_rows)
         if found is None:
             whole = self._rooms.setdefault(_MOST_KEPT, _Room.new(_MOST_KEPT, vocab_size))
@@ -310,15 +310,22 @@ class NativeForward:
     def __call__(self, inputs: Inputs, cache: Cache) -> "NativeScores":
         assert isinstance(cache, NativeCache)
         spans = [(s.start, s.length, cache.starts[s.slot], s.cached, _visible(s.view, s.length)) for s in inputs.spans]
+        room = cache.room(len(inputs.asked), self.config.vocab_size)
+        given = (inputs.tokens, inputs.positions, spans, cache.handle, inputs.adapted, inputs.asked)
         with self._lock:
-            hidden = self._model.run(inputs.tokens, inputs.positions, spans, cache.handle, inputs.adapted, inputs.asked)
-        return NativeScores(self, hidden, cache)
+            if room is None:
+                return NativeScores(self, self._model.run(*given)[0])
+            hidden, best = self._model.run(*given, self._mask, room.array, room.sums)
+        return NativeScores(self, hidden, self._answers(hidden, room, best))
 
-    def head(self, hidden: np.ndarray, room: _Room | None = None) -> Answers:
-        """Logits of hidden states [n, D], and what is known of them beside. room: where they go; None: to memory of their own."""
-        room = room or _Room.new(len(hidden), self.config.vocab_size)
+    def head(self, hidden: np.ndarray) -> Answers:
+        """Logits of hidden states [n, D], and what is known of them beside."""
+        room = _Room.new(len(hidden), self.config.vocab_size)
         with self._lock:
             best = self._model.head(hidden, self._mask, room.array, room.sums)
+        return self._answers(hidden, room, best)
+
+    def _answers(self, hidden: np.ndarray, room: _Room, best: list[int]) -> Answers:
         if self.draft_head is None:
             return Answers(room.logits, tuple(best), room.logsumexp)
         return Answers(room.logits, tuple(best), room.logsumexp, None, hidden, self)
@@ -352,18 +359,17 @@ class NativeForward:
 
 
 class NativeScores:
-    """Hidden states of the inputs that a forward was asked for."""
+    """Hidden states of the inputs that a forward was asked for, and what the head made of few of them in the same call."""
 
-    def __init__(self, forward: NativeForward, hidden: np.ndarray, cache: NativeCache) -> None:
+    def __init__(self, forward: NativeForward, hidden: np.ndarray, found: Answers | None = None) -> None:
         self._forward = forward
         self._hidden = hidden
-        self._cache: NativeCache | None = cache
+        self._found = found
 
     def answers(self, start: int, stop: int) -> Answers:
-        cache, self._cache = self._cache, None
-        # whoever asks twice gets twice
-        room = None if cache is None else cache.room(stop - start, self._forward.config.vocab_size)
-        return self._forward.head(self._hidden[start:stop], room)
+        if self._found is not None and start == 0 and stop == len(self._hidden):
+            return self._found
+        return self._forward.head(self._hidden[start:stop])
 
     def logits(self, start: int, stop: int) -> Tensor:
         return self.answers(start, stop).logits

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <optional>
 #include <stdexcept>
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <cpuid.h>
@@ -21,6 +22,7 @@ using namespace trimode;
 namespace {
 
 using FloatArray = py::array_t<float, py::array::c_style | py::array::forcecast>;
+using FloatRoom = py::array_t<float, py::array::c_style>;  // to be written to
 using IntArray = py::array_t<int, py::array::c_style | py::array::forcecast>;
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -79,6 +81,19 @@ struct PyMatrix {
 void require(bool sound, const char* fault) {
   if (!sound) throw std::invalid_argument(fault);
 }
+
+// Where the head's results go, beside what it returns.
+struct HeadRoom {
+  float *logits, *sums;
+  size_t stride;
+  HeadRoom(const Config& c, size_t num_rows, FloatRoom to, FloatRoom logsumexp) {
+    require(to.ndim() == 2 && (size_t)to.shape(0) >= num_rows && to.shape(1) >= round_up(c.vocab_size, kLanes), "too little room for the logits");
+    require(logsumexp.ndim() == 1 && (size_t)logsumexp.shape(0) >= num_rows, "too little room for the sums");
+    logits = to.mutable_data();
+    sums = logsumexp.mutable_data();
+    stride = (size_t)to.shape(1);
+  }
+};
 
 constexpr int kMost = 1 << 28;  // of any one size: sums of a few stay within an int
 
@@ -348,7 +363,8 @@ PYBIND11_MODULE(_native, m) {
            })
       .def("run",
            [](Model& self, IntArray tokens, IntArray positions, const std::vector<std::tuple<int, int, int, int, py::object>>& spans,
-              Cache& cache, const std::vector<int>& adapted, const std::vector<int>& asked) {
+              Cache& cache, const std::vector<int>& adapted, const std::vector<int>& asked, int but, const std::optional<FloatRoom>& logits,
+              const std::optional<FloatRoom>& logsumexp) {
              std::vector<Span> rows;
              std::vector<py::array_t<uint8_t>> visible;  // kept while the forward reads them
              for (const auto& [start, length, first, cached, seen] : spans) {
@@ -364,27 +380,27 @@ PYBIND11_MODULE(_native, m) {
              check(self.config, tokens, positions, rows, cache, adapted, asked);
              py::array_t<float> hidden({(py::ssize_t)asked.size(), (py::ssize_t)self.config.width});
              float* const out = hidden.mutable_data();
+             std::vector<int> best;
+             std::optional<HeadRoom> room;
+             if (logits && logsumexp) room.emplace(self.config, asked.size(), *logits, *logsumexp), best.resize(asked.size());
              {
                py::gil_scoped_release release;
                self.run(tokens.data(), positions.data(), (int)tokens.size(), rows, cache, adapted, asked, out);
+               if (room) self.head(out, (int)best.size(), but, room->logits, room->stride, best.data(), room->sums);
              }
-             return hidden;
-           })
+             return py::make_tuple(hidden, best);
+           },
+           py::arg("tokens"), py::arg("positions"), py::arg("spans"), py::arg("cache"), py::arg("adapted"), py::arg("asked"),
+           py::arg("but") = -1, py::arg("logits").noconvert() = py::none(), py::arg("logsumexp").noconvert() = py::none())
       .def("head",
-           [](Model& self, FloatArray hidden, int but, py::array_t<float, py::array::c_style> logits,
-              py::array_t<float, py::array::c_style> logsumexp) {
+           [](Model& self, FloatArray hidden, int but, FloatRoom logits, FloatRoom logsumexp) {
              require(self.embedding.is_set() && hidden.ndim() == 2 && hidden.shape(1) == self.config.width && hidden.shape(0) <= kMost,
                      "hidden states of another width");
-             require(logits.ndim() == 2 && logits.shape(0) >= hidden.shape(0) && logits.shape(1) >= round_up(self.config.vocab_size, kLanes),
-                     "too little room for the logits");
-             require(logsumexp.ndim() == 1 && logsumexp.shape(0) >= hidden.shape(0), "too little room for the sums");
+             const HeadRoom room(self.config, (size_t)hidden.shape(0), logits, logsumexp);
              std::vector<int> best(hidden.shape(0));
-             float* const sums = logsumexp.mutable_data();
-             float* const out = logits.mutable_data();
-             const size_t stride = (size_t)logits.shape(1);
              {
                py::gil_scoped_release release;
-               self.head(hidden.data(), (int)best.size(), but, out, stride, best.data(), sums);
+               self.head(hidden.data(), (int)best.size(), but, room.logits, room.stride, best.data(), room.sums);
              }
              return best;
            },
