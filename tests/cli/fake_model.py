@@ -46,10 +46,22 @@ class Stats:
 class FakeModel:
     """What `trimode.load` gives back; `asked` keeps every request."""
 
-    def __init__(self, name="fake", *, tokenizer=True, pause_s=0.0, answer=ANSWER, interrupt_after=None, differs=None):
+    def __init__(
+        self,
+        name="fake",
+        *,
+        tokenizer=True,
+        pause_s=0.0,
+        answer=ANSWER,
+        interrupt_after=None,
+        differs=None,
+        mask=3,
+        auto=None,
+    ):
         self.name = name
-        self.config = SimpleNamespace(trained_for_blocks=False, mask_token_id=3, block_length=8, max_positions=64)
+        self.config = SimpleNamespace(trained_for_blocks=False, mask_token_id=mask, block_length=8, max_positions=64)
         self.precision, self.device, self.adapter = "float32", "cpu", None
+        self.rows_stand_alone, self.auto = True, auto or {}
         self.forward = SimpleNamespace(describe=lambda: "fake float32, 2 threads")
         self.tokenizer = object() if tokenizer else None
         self.num_parameters = 134_515_008

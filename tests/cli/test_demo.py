@@ -29,7 +29,32 @@ def test_a_notice_is_told_once(cli, model):
 @pytest.mark.parametrize("mode", ["self_spec", "auto"])
 def test_a_difference_is_not_hidden(cli, use_model, mode):
     use_model(differs=mode)
-    assert cli("demo").stdout.splitlines()[-1].startswith("The text of self_spec or auto differs from ar's.")
+    assert (
+        cli("demo").stdout.splitlines()[-1].startswith("The text of self_spec or auto differs from ar's. In float32 on")
+    )
+
+
+def test_rounding_is_named_only_where_rows_share_it(cli, use_model):
+    model = use_model(differs="self_spec")
+    model.precision, model.rows_stand_alone = "bfloat16", False
+    assert "may tie within rounding" in cli("demo").stdout.splitlines()[-1]
+
+
+def test_a_checkpoint_without_a_mask_answers_in_the_modes_that_it_has(cli, use_model):
+    use_model(mask=None)
+    ended = cli("demo")
+    assert ended.status == 0
+    assert "names no mask token" in ended.stderr
+    assert ended.stdout.splitlines()[-1] == "auto's text equals ar's, token for token."
+    assert [run["mode"] for run in json.loads(cli("demo", "--json").stdout)["runs"]] == ["ar", "auto"]
+
+
+def test_auto_that_was_tuned_to_diffusion_is_no_bug(cli, use_model):
+    use_model(differs="auto", auto={"mode": "diffusion"})
+    assert cli("demo").stdout.splitlines()[-2:] == [
+        "self_spec's text equals ar's, token for token.",
+        "auto was tuned to diffusion here, whose text may be another.",
+    ]
 
 
 def test_json_tells_the_same(cli, model):

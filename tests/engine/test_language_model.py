@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -94,6 +95,12 @@ def test_auto_is_self_speculation_where_the_block_view_was_trained_and_autoregre
     assert MODEL.generate([5], max_new_tokens=4).stats.mode == "self_spec"
     assert tiny_model(1, trained_for_blocks=False).generate([5], max_new_tokens=4).stats.mode == "ar"
     assert tiny_model(1, mask_token_id=None).generate([5], max_new_tokens=4).stats.mode == "ar"
+
+
+def test_numbers_of_numpy_are_numbers():
+    given = {"max_new_tokens": np.int64(4), "temperature": np.float32(0.5), "seed": np.int32(3)}
+    plain = {"max_new_tokens": 4, "temperature": 0.5, "seed": 3}
+    assert MODEL.generate([5, 6], mode="ar", **given).token_ids == MODEL.generate([5, 6], mode="ar", **plain).token_ids
 
 
 def test_a_knob_that_one_mode_alone_has_chooses_it():

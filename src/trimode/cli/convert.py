@@ -14,7 +14,23 @@ __all__ = ["convert"]
 DOCUMENTS_PER_STEP = 4
 
 
+TRAINING = (
+    "data",
+    "adapter",
+    "full",
+    "steps",
+    "block_length",
+    "max_tokens",
+    "mask_token",
+    "changes",
+    "device",
+    "threads",
+)
+"""Options that mean nothing where nothing is trained."""
+
+
 def convert(
+    context: typer.Context,
     base: Annotated[str, typer.Argument(metavar="BASE", help="Preset, directory, GGUF file or hub id.")],
     output: Annotated[
         str, typer.Option("--output", "-o", metavar="DIR", help="The new checkpoint; the run is kept in DIR.run.")
@@ -68,10 +84,10 @@ def convert(
     taken = SettingError(f"{target} exists already and is not empty. Choose another place or remove it.")
 
     if quantize is not None:
-        if is_taken:
-            raise taken
-        asked = {"--data": data, "--adapter": adapter, "--full": full, "--mask-token": mask_token, "--set": changes}
-        _quantized(base, target, quantize, [name for name, value in asked.items() if value], json=json)
+        # by name: typer may bring a click of its own
+        sources = {name: context.get_parameter_source(name) for name in TRAINING}
+        idle = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+        _quantized(base, target, quantize, idle, taken if is_taken else None, json=json)
         return
     run = target.parent / f"{target.name}.run"
     if is_taken and not run.exists():
@@ -149,11 +165,27 @@ def _has_made(run: Path, recipe: Any) -> bool:
         return False
 
 
-def _quantized(base: str, target: Path, quantize: str, idle: list[str], *, json: bool) -> None:
+def _holds(target: Path, checkpoint: Any) -> bool:
+    """Whether the same weights lie there in int8."""
+    from trimode.checkpoint import open_checkpoint
+    from trimode.errors import TrimodeError
+
+    try:
+        there = open_checkpoint(target)
+    except TrimodeError:
+        return False
+    return there.packed is not None and there.fingerprint() == checkpoint.fingerprint()
+
+
+def _quantized(
+    base: str, target: Path, quantize: str, idle: list[str], taken: SettingError | None, *, json: bool
+) -> None:
+    """taken: why nothing may be written there, unless it is the very thing."""
     if quantize != "int8":
         raise SettingError(f"--quantize must be int8; got {quantize!r}.")
     if idle:
-        raise SettingError(f"{idle[0]} has no effect with --quantize, which trains nothing. Leave it out.")
+        option = "--set" if idle[0] == "changes" else f"--{idle[0].replace('_', '-')}"
+        raise SettingError(f"{option} has no effect with --quantize, which trains nothing. Leave it out.")
     from trimode.checkpoint import open_checkpoint, save_packed_checkpoint
     from trimode.checkpoint.packing import packed_weights
     from trimode.device import NATIVE_MISSING, native_kernels
@@ -163,6 +195,15 @@ def _quantized(base: str, target: Path, quantize: str, idle: list[str], *, json:
     checkpoint = open_checkpoint(base)
     if checkpoint.packed is not None:
         raise SettingError(f"{base} is in int8 already. Copy the directory.")
+    if taken is not None:
+        if not _holds(target, checkpoint):
+            raise taken
+        screen.say(f"{target} holds {base} in int8 already; remove it to write it anew.")
+        if json:
+            screen.print_json(
+                {"checkpoint": str(target), "weight_bytes": (target / "model.safetensors").stat().st_size}
+            )
+        return
     save_packed_checkpoint(target, checkpoint, packed_weights(checkpoint, "int8"), adapter=checkpoint.adapter())
     tokenizer = checkpoint.tokenizer()
     if tokenizer is not None:

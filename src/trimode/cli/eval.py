@@ -9,7 +9,7 @@ import typer
 from trimode.cli import progress, screen
 from trimode.cli.modes import mode_settings
 from trimode.cli.options import Device, Dtype, Json, Quantize, Threads, given, whole_number
-from trimode.errors import SettingError
+from trimode.errors import MissingMaskTokenError, SettingError
 from trimode.viz import scores
 
 __all__ = ["evaluate"]
@@ -24,8 +24,13 @@ def evaluate(
         typer.Option("--tasks", metavar="LIST", help="With commas: gsm8k=FILE, humaneval=FILE, json, copy, count."),
     ] = DEFAULT_TASKS,
     modes: Annotated[
-        str, typer.Option("--modes", metavar="LIST", help="With commas; knobs behind colons: diffusion:threshold=0.8")
-    ] = "ar,diffusion,self_spec",
+        str | None,
+        typer.Option(
+            "--modes",
+            metavar="LIST",
+            help="With commas; knobs behind colons: diffusion:threshold=0.8. Those of the checkpoint if not given.",
+        ),
+    ] = None,
     limit: Annotated[
         str | None,
         typer.Option("--limit", metavar="K", help="Only the first K examples of each task (50 of made ones)."),
@@ -105,7 +110,7 @@ def evaluate(
         return
     if variants is not None:
         raise SettingError("--variants has no effect without --quantization-report. Leave it out, or add that.")
-    chosen = mode_settings(modes)
+    chosen = None if modes is None else mode_settings(modes)
     most = None if max_new_tokens is None else given({"max_new_tokens": max_new_tokens})["max_new_tokens"]
     from trimode.evaluation.tasks.opening import needs_sandbox, open_tasks
 
@@ -124,6 +129,11 @@ def evaluate(
     from trimode.evaluation.evaluate import EvalSetting
 
     runner = screen.load(model, dtype=dtype, device=device, threads=threads, quantize=quantize)
+    if chosen is None:
+        chosen = mode_settings("ar,diffusion,self_spec")
+        if runner.config.mask_token_id is None:
+            screen.say(f"{runner.name} names no mask token, so ar and auto are graded.")
+            chosen = mode_settings("ar,auto")
     settings = [EvalSetting(mode=mode, knobs=knobs) for mode, knobs in chosen]
     about = {
         "model": model,
@@ -205,6 +215,10 @@ def _likelihood(
 
     texts = read_texts(Path(file), limit=limit)
     runner = load()
+    if runner.config.mask_token_id is None:
+        raise MissingMaskTokenError(
+            f"{model} names no mask token, so it has no block view to score under. Convert it first."
+        )
     from trimode.evaluation.run_folder import RunFolder
 
     about = {

@@ -210,7 +210,10 @@ def _prompts(file: str | None, task: str | None, limit: int, seed: int) -> tuple
 def _check_writable(place: Path | None, model: str) -> None:
     """Told before an hour of measuring, not after it."""
     if place is None:
-        raise DataError(f"{model} has no place for a generation_config.json. Add --dry-run to measure all the same.")
+        raise DataError(
+            f"{model} has no directory of its own, where the choice could be kept. Tune a copy "
+            f"(trimode convert {model} --quantize int8 --output DIR), or add --dry-run to measure all the same."
+        )
     folder = place.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise DataError(f"{place} cannot be written. Add --dry-run to measure all the same.")

@@ -6,6 +6,7 @@ A setting without effect is an error: whoever turns a knob is told when it is no
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Any
 
 from trimode.errors import SettingError, nearest
@@ -177,6 +178,9 @@ def check_with_constraint(given: Mapping[str, Any], settings: Settings) -> None:
 
 
 def _coerce(values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        if isinstance(value, Integral | Real) and not isinstance(value, int | float):  # NumPy's
+            values[name] = int(value) if isinstance(value, Integral) else float(value)
     mode = values.get("mode")
     if isinstance(mode, str):
         values["mode"] = _MODE_ALIASES.get(mode, mode)

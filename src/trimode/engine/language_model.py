@@ -269,6 +269,11 @@ class LanguageModel:
         return self.forward.transformer
 
     @property
+    def rows_stand_alone(self) -> bool:
+        """Whether no choice hangs on what shares its forward, not even within rounding: greedy `self_spec` is `ar` to the token."""
+        return isinstance(self.forward, NativeForward) or self.precision == "float32"
+
+    @property
     def num_parameters(self) -> int:
         """Parameters of the base model."""
         return self.config.num_parameters

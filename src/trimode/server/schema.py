@@ -261,6 +261,8 @@ def _first_fault(error: ValidationError, kind: type[BaseModel]) -> ApiError:
         return ApiError(400, f"The field {where!r} is missing.", param=where)
     got = "" if fault["input"] is None or isinstance(fault["input"], dict | list) else f"; got {fault['input']!r:.80}"
     said = _SAID.get(fault["type"]) or fault["msg"].replace("Input should be", "must be")
+    if where == "prompt" and kind is CompletionRequest:
+        said = "must be a string, a list of strings, or token ids"
     return ApiError(400, f"{where} {said}{got}.", param=where)
 
 

@@ -144,7 +144,7 @@ class Service:
                 400, "top_logprobs has no effect without logprobs. Set logprobs to true.", param="top_logprobs"
             )
         if body.logprobs:
-            knobs["logprobs"] = body.top_logprobs or 0
+            knobs["logprobs"] = _num_logprobs(body.top_logprobs or 0, "top_logprobs")
         use = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
         with _told(body):
             grammar = self._grammar(body.response_format, use)
@@ -158,11 +158,7 @@ class Service:
         self.check_model(body.model)
         knobs = self._knobs(body)
         if body.logprobs is not None:
-            if not 0 <= body.logprobs <= MOST_LOGPROBS:
-                raise ApiError(
-                    400, f"logprobs must be from 0 to {MOST_LOGPROBS}; got {body.logprobs}.", param="logprobs"
-                )
-            knobs["logprobs"] = body.logprobs
+            knobs["logprobs"] = _num_logprobs(body.logprobs, "logprobs")
         if body.suffix is not None:
             return self._open_infill(body, knobs)
         with _told(body):
@@ -453,6 +449,12 @@ class _told:  # noqa: N801 - read as a word: with _told(body)
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, TrimodeError):
             raise as_api_error(error, self._fields) from None
+
+
+def _num_logprobs(asked: int, name: str) -> int:
+    if not 0 <= asked <= MOST_LOGPROBS:
+        raise ApiError(400, f"{name} must be from 0 to {MOST_LOGPROBS}; got {asked}.", param=name)
+    return asked
 
 
 def _one_of(body: ChatRequest, old: str, new: str) -> int | None:

@@ -96,7 +96,8 @@ class Tokenizer:
             if surrogate is None:
                 raise
             raise PromptError(
-                f"the text holds half a character (a lone surrogate, {text[surrogate]!r}) at index {surrogate}. "
+                f"the text holds half a character (a lone surrogate, {text[surrogate]!r}) "
+                f"behind {text[max(0, surrogate - 12) : surrogate]!r}. "
                 "Decode it from its bytes again, or replace it."
             ) from error
 

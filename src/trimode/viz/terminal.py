@@ -219,7 +219,10 @@ def info_page(facts: Mapping[str, Any], machine: Mapping[str, int | None]) -> Te
         ("weights", f"{readable_bytes(facts['weight_bytes'])}, {facts['dtype']}"),
         ("shape", f"{shape} · vocabulary {count(facts['vocab_size'])}"),
         ("context", f"{count(facts['context'])} tokens"),
-        ("modes", ", ".join(facts["modes"])),
+        (
+            "modes",
+            ", ".join(facts["modes"]) + ("" if "diffusion" in facts["modes"] else ", auto with lookups in the text"),
+        ),
         *_blocks(facts),
         ("adapter", _adapter(facts["adapter"])),
     ]
