@@ -236,7 +236,7 @@ def test_only_byte_level_vocabularies_have_bytes_for_single_tokens(smollm, sente
 
 
 def test_half_a_character_is_refused_with_its_place(smollm):
-    with pytest.raises(PromptError, match="behind .ab."):
+    with pytest.raises(PromptError, match=r"behind .ab."):
         smollm.encode("ab\ud83d")
     with pytest.raises(PromptError, match="must be a string; got bytes"):
         smollm.encode(b"ab")
