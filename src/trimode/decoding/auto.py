@@ -75,15 +75,19 @@ class Auto:
         start = time.perf_counter()
         outcomes = [self._absorb_one(*each) for each in zip(generations, steps, predictions, strict=True)]
         self._num_forwards += 1
-        if self._num_forwards % SEEN_EVERY and max(len(step.tokens) for step in steps) == 1:
+        num_inputs = num_seen = 0
+        drafting = reading = False
+        for g, step in zip(generations, steps, strict=True):
+            num_inputs += len(step.tokens)
+            num_seen += len(step.tokens) * g.cached
+            drafting = drafting or bool(step.adapted)
+            reading = reading or step.kind == "prefill"
+        if self._num_forwards % SEEN_EVERY and num_inputs == len(steps):
             return outcomes  # what is done most is known best, and to look takes time too
-        num_inputs = sum(len(step.tokens) for step in steps)
         # a forward that others had a part in, or that read a prompt, tells little
-        if outcomes and num_inputs == predictions[0].num_inputs and all(step.kind != "prefill" for step in steps):
+        if outcomes and num_inputs == predictions[0].num_inputs and not reading:
             seconds = predictions[0].seconds + time.perf_counter() - start
-            drafting = any(step.adapted for step in steps)
-            num_cached = sum(len(step.tokens) * g.cached for g, step in zip(generations, steps, strict=True))
-            self._chooser.note_cost(drafting, num_inputs, num_cached / num_inputs, seconds)
+            self._chooser.note_cost(drafting, num_inputs, num_seen / num_inputs, seconds)
         return outcomes
 
     def _absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Outcome:
