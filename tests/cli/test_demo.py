@@ -61,7 +61,7 @@ def test_json_tells_the_same(cli, model):
     record = json.loads(cli("demo", "--json", "--prompt", "Hm?", "--max-new-tokens", "4").stdout)
     assert [run["mode"] for run in record["runs"]] == ["ar", "diffusion", "self_spec", "auto"]
     assert [len(run["token_ids"]) for run in record["runs"]] == [4, 4, 4, 4]
-    assert (record["self_spec_equals_ar"], record["prompt"]) == (True, "Hm?")
+    assert (record["self_spec_equals_ar"], record["auto_equals_ar"], record["prompt"]) == (True, True, "Hm?")
 
 
 def test_mistakes_are_one_line(cli, no_model):

@@ -109,9 +109,41 @@ def test_one_command_converts_a_base_and_continues_where_it_was(world, tmp_path,
     out, err = capsys.readouterr()
     assert "is finished" in err
     assert json.loads(out)["checkpoint"] == str(tmp_path / "new")
-    for other in (["--set", "train.seed=3"], ["--steps", "30"]):  # another run, or more of this one
+    for other in (
+        ["--set", "train.seed=3"],
+        ["--steps", "30"],
+        ["--mask-token", "7"],
+    ):  # another run, or more of this one
         assert program([*command, *other]) == 2
         assert "not empty" in capsys.readouterr().err
+    (tmp_path / "new" / "config.json").unlink()  # what lies there now is something else
+    assert program(command) == 2
+    assert "not empty" in capsys.readouterr().err
+
+
+def test_a_converted_checkpoint_appears_whole_in_whatever_folder_is_there(world, tmp_path, monkeypatch):  # noqa: F811
+    """An empty one, a link to one, the one that the command runs in; what lies beside it stays."""
+    command = [
+        "convert",
+        str(world / "base"),
+        "--data",
+        str(world / "answers.jsonl"),
+        "--steps",
+        "1",
+        "--max-tokens",
+        "64",
+    ]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty", target_is_directory=True)
+    (tmp_path / "link.draft").mkdir()
+    (tmp_path / "link.draft" / "mine").write_text("")
+    assert program([*command, "-o", str(tmp_path / "link")]) == 0
+    assert trimode.load(tmp_path / "empty").generate([5, 6], mode="self_spec", max_new_tokens=2).token_ids
+    assert (tmp_path / "link.draft" / "mine").exists()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert program([*command, "-o", "."]) == 0
+    assert trimode.load(tmp_path / "here").generate([5, 6], mode="self_spec", max_new_tokens=2).token_ids
 
 
 class _Words:

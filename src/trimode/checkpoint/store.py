@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from trimode.model.lora import Lora
     from trimode.text.tokenizer import Tokenizer
 
-__all__ = ["Checkpoint", "describe", "open_checkpoint", "save_checkpoint", "save_packed_checkpoint"]
+__all__ = ["Checkpoint", "describe", "new_directory", "open_checkpoint", "save_checkpoint", "save_packed_checkpoint"]
 
 ADAPTER = "linear_spec_lora"
 """The directory of the drafter's adapter inside a checkpoint."""
@@ -305,6 +305,7 @@ def save_checkpoint(
     *,
     adapter: "Lora | None" = None,
     adapter_extra: Mapping[str, Any] | None = None,
+    tokenizer: "Tokenizer | None" = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Write a Hugging Face directory from tensors by trimode's names, in any order, each in the dtype it has.
@@ -313,23 +314,30 @@ def save_checkpoint(
     CheckpointError if the directory holds something already or the tensors are not exactly the model's.
     """
     check_config(config, where="the config")
-    with _new_directory(Path(directory)) as draft:
+    with new_directory(Path(directory)) as draft:
         dtype = _write_shards(draft, config, tensors, max_shard_bytes)
         _write_json(draft / "config.json", write_config(config, dtype=dtype))
         if adapter is not None:
             (draft / ADAPTER).mkdir()
             save_adapter(draft / ADAPTER, config, adapter, extra=adapter_extra)
+        if tokenizer is not None:
+            tokenizer.save(draft)
 
 
 def save_packed_checkpoint(
-    directory: str | Path, checkpoint: Checkpoint, weights: Iterable[tuple[str, Any]], *, adapter: "Lora | None" = None
+    directory: str | Path,
+    checkpoint: Checkpoint,
+    weights: Iterable[tuple[str, Any]],
+    *,
+    adapter: "Lora | None" = None,
+    tokenizer: "Tokenizer | None" = None,
 ) -> None:
-    """Write a checkpoint anew, its weights packed as `packing.packed_weights` gives them; `adapter` is its own, read. Raises
-    CheckpointError if the directory holds something already."""
+    """Write a checkpoint anew, its weights packed as `packing.packed_weights` gives them; `adapter` and `tokenizer` are its own,
+    read. Raises CheckpointError if the directory holds something already."""
     config = checkpoint.config
     check_config(config, where="the config")
     base = checkpoint.fingerprint()
-    with _new_directory(Path(directory)) as draft:
+    with new_directory(Path(directory)) as draft:
         write_packed(draft / SINGLE, config, weights, base)
         quantization = {"quantization_config": {"quant_method": FORMAT}}
         _write_json(draft / "config.json", write_config(config, dtype="float32") | quantization)
@@ -338,24 +346,30 @@ def save_packed_checkpoint(
             facts = {} if stored is None else dict(stored.facts)
             (draft / ADAPTER).mkdir()
             save_adapter(draft / ADAPTER, config, adapter, extra={"trimode": {**facts, "base_fingerprint": base}})
+        if tokenizer is not None:
+            tokenizer.save(draft)
 
 
 @contextmanager
-def _new_directory(directory: Path) -> Iterator[Path]:
+def new_directory(directory: Path) -> Iterator[Path]:
     """A directory to write into that takes its name when all has gone well."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(f"{directory} exists already and is not empty. Choose another place or remove it.")
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        draft = directory.parent / f".{directory.name}.{secrets.token_hex(4)}"
+        draft = directory.parent / f".{directory.resolve().name}.{secrets.token_hex(4)}"
         draft.mkdir()
     except OSError as error:
         raise CheckpointError(f"Cannot write beside {directory}: {error.strerror}.") from error
     try:
         yield draft
         if directory.exists():
-            directory.rmdir()
-        draft.rename(directory)
+            # into the empty one that is there, whatever it is (a mounted volume, a link, this very folder); what makes it a
+            # checkpoint comes last
+            for child in sorted(draft.iterdir(), key=lambda child: child.name == "config.json"):
+                shutil.move(child, directory / child.name)
+        else:
+            draft.rename(directory)
     except OSError as error:
         raise CheckpointError(f"Cannot write {directory}: {error.strerror}.") from error
     finally:

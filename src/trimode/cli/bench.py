@@ -13,6 +13,7 @@ from trimode.cli import progress, screen
 from trimode.cli.modes import mode_settings
 from trimode.cli.options import Device, Dtype, Json, Quantize, Threads, given, whole_number
 from trimode.cli.tracing import TracePath, Tracer, tracing
+from trimode.decoding.settings import WITHOUT_MASK
 from trimode.errors import DataError, SettingError
 from trimode.viz import terminal
 
@@ -203,7 +204,7 @@ def _runnable(plan: Plan, runner: Any) -> list[tuple[str, dict[str, Any]]]:
     chosen = list(plan.settings)
     if not plan.chosen and runner.config.mask_token_id is None:
         screen.say(f"{runner.name} names no mask token, so ar and auto are measured.")
-        chosen = [("ar", {}), ("auto", {})]
+        chosen = [(mode, {}) for mode in WITHOUT_MASK]
     if ("ar", {}) not in chosen:
         chosen.insert(0, ("ar", {}))
     return chosen

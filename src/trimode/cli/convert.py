@@ -1,5 +1,7 @@
 """`trimode convert`: an autoregressive checkpoint becomes one that decodes in every mode."""
 
+import json as jsonlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +16,8 @@ __all__ = ["convert"]
 DOCUMENTS_PER_STEP = 4
 
 
+MADE = "made.json"
+"""In the run's folder: what the finished checkpoint was made of."""
 TRAINING = (
     "data",
     "adapter",
@@ -87,7 +91,9 @@ def convert(
         # by name: typer may bring a click of its own
         sources = {name: context.get_parameter_source(name) for name in TRAINING}
         idle = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
-        _quantized(base, target, quantize, idle, taken if is_taken else None, json=json)
+        if is_taken:
+            raise taken
+        _quantized(base, target, quantize, idle, json=json)
         return
     run = target.parent / f"{target.name}.run"
     if is_taken and not run.exists():
@@ -131,17 +137,19 @@ def convert(
     else:
         raw["blocks"] = {"block_lengths": [length], "partial": 0.2, "distill": 0.3}
     recipe = make_recipe(raw, Path.cwd(), changes or [])
+    made = _asked(target, base, data, recipe, mask)
     if is_taken:
-        if not _has_made(run, recipe):
+        if not _has_made(run / MADE, made, target):
             raise taken
         if screen.is_first_rank():
             screen.say(f"{target} is finished; remove it and {run} to make it anew.")
             if json:
-                screen.print_json({"checkpoint": str(target), "mask_token_id": mask, "steps": num_steps})
+                screen.print_json({"checkpoint": str(target), "mask_token_id": mask, "steps": recipe.train.steps})
         return
     summary = train.run(recipe, run, device, num_threads, checkpoint)
     if not screen.is_first_rank():
         return
+    (run / MADE).write_text(jsonlib.dumps(made), encoding="utf-8")
     write_converted(target, run, recipe, checkpoint)
     summary = {
         "checkpoint": str(target),
@@ -154,33 +162,31 @@ def convert(
         screen.say(f"{target} decodes in every mode: trimode generate --model {target} --mode self_spec 'Hello'")
 
 
-def _has_made(run: Path, recipe: Any) -> bool:
-    """Whether this folder holds the same run, and it is at its end."""
-    from trimode.errors import RunStateError
-    from trimode.training.run_state import RunDirectory
+def _asked(target: Path, base: str, data: Sequence[str], recipe: Any, mask: int) -> dict[str, Any]:
+    """All that a finished checkpoint hangs on: files by their places, sizes and times."""
 
+    def file(name: str) -> list[Any]:
+        path = Path(name)
+        return [str(path.resolve()), path.stat().st_size, path.stat().st_mtime] if path.is_file() else [name]
+
+    places = {
+        "target": str(target.resolve()),
+        "base": [*file(base), str(Path(base).resolve())],
+        "data": [*map(file, data)],
+    }
+    asked = {**places, "recipe": recipe.identity(), "steps": recipe.train.steps, "mask": mask}
+    return jsonlib.loads(jsonlib.dumps(asked))
+
+
+def _has_made(record: Path, asked: dict[str, Any], target: Path) -> bool:
+    """Whether a run made the checkpoint that lies there of just this."""
     try:
-        return RunDirectory(run, identity=recipe.identity()).num_done == recipe.train.steps
-    except RunStateError:
+        return jsonlib.loads(record.read_text(encoding="utf-8")) == asked and (target / "config.json").is_file()
+    except (OSError, ValueError):
         return False
 
 
-def _holds(target: Path, checkpoint: Any) -> bool:
-    """Whether the same weights lie there in int8."""
-    from trimode.checkpoint import open_checkpoint
-    from trimode.errors import TrimodeError
-
-    try:
-        there = open_checkpoint(target)
-    except TrimodeError:
-        return False
-    return there.packed is not None and there.fingerprint() == checkpoint.fingerprint()
-
-
-def _quantized(
-    base: str, target: Path, quantize: str, idle: list[str], taken: SettingError | None, *, json: bool
-) -> None:
-    """taken: why nothing may be written there, unless it is the very thing."""
+def _quantized(base: str, target: Path, quantize: str, idle: list[str], *, json: bool) -> None:
     if quantize != "int8":
         raise SettingError(f"--quantize must be int8; got {quantize!r}.")
     if idle:
@@ -195,19 +201,8 @@ def _quantized(
     checkpoint = open_checkpoint(base)
     if checkpoint.packed is not None:
         raise SettingError(f"{base} is in int8 already. Copy the directory.")
-    if taken is not None:
-        if not _holds(target, checkpoint):
-            raise taken
-        screen.say(f"{target} holds {base} in int8 already; remove it to write it anew.")
-        if json:
-            screen.print_json(
-                {"checkpoint": str(target), "weight_bytes": (target / "model.safetensors").stat().st_size}
-            )
-        return
-    save_packed_checkpoint(target, checkpoint, packed_weights(checkpoint, "int8"), adapter=checkpoint.adapter())
-    tokenizer = checkpoint.tokenizer()
-    if tokenizer is not None:
-        tokenizer.save(target)
+    weights, tokenizer = packed_weights(checkpoint, "int8"), checkpoint.tokenizer()
+    save_packed_checkpoint(target, checkpoint, weights, adapter=checkpoint.adapter(), tokenizer=tokenizer)
     num_bytes = (target / "model.safetensors").stat().st_size
     if json:
         screen.print_json({"checkpoint": str(target), "weight_bytes": num_bytes})

@@ -9,13 +9,13 @@ from rich.text import Text
 from trimode.cli import screen
 from trimode.cli.options import Device, Dtype, Json, ModelName, Quantize, Threads, given
 from trimode.cli.tracing import TracePath, Tracer, tracing
+from trimode.decoding.settings import WITHOUT_MASK
 from trimode.errors import PromptError
 from trimode.viz import terminal
 
 __all__ = ["demo"]
 
 MODES = ("ar", "diffusion", "self_spec", "auto")
-WITHOUT_MASK = ("ar", "auto")
 LEGEND = "forwards: those that read the prompt + those that made the answer; tokens/forward counts the latter"
 
 
@@ -79,10 +79,12 @@ def _compare(runner: Any, prompt: str, limit: int, tracer: Tracer, *, json: bool
     exact = [
         mode for mode in modes if mode == "self_spec" or (mode == "auto" and runner.auto.get("mode") != "diffusion")
     ]
-    same = all(list(outputs[mode].token_ids) == list(outputs["ar"].token_ids) for mode in exact)
+    equal = {mode: list(outputs[mode].token_ids) == list(outputs["ar"].token_ids) for mode in exact}
+    same = all(equal.values())
     if json:
         runs = [{"mode": mode, **screen.as_record(outputs[mode]), "notice": runner.notice(mode)} for mode in modes]
-        screen.print_json({"model": runner.name, "prompt": prompt, "runs": runs, "self_spec_equals_ar": same})
+        verdicts = {f"{mode}_equals_ar": equal.get(mode) for mode in ("self_spec", "auto")}
+        screen.print_json({"model": runner.name, "prompt": prompt, "runs": runs, **verdicts})
         return
     console.print()
     console.print(terminal.demo_table([{**outputs[mode].stats.as_dict(), "mode": mode} for mode in modes]))

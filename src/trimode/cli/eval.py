@@ -9,6 +9,7 @@ import typer
 from trimode.cli import progress, screen
 from trimode.cli.modes import mode_settings
 from trimode.cli.options import Device, Dtype, Json, Quantize, Threads, given, whole_number
+from trimode.decoding.settings import WITHOUT_MASK
 from trimode.errors import MissingMaskTokenError, SettingError
 from trimode.viz import scores
 
@@ -133,7 +134,7 @@ def evaluate(
         chosen = mode_settings("ar,diffusion,self_spec")
         if runner.config.mask_token_id is None:
             screen.say(f"{runner.name} names no mask token, so ar and auto are graded.")
-            chosen = mode_settings("ar,auto")
+            chosen = [(mode, {}) for mode in WITHOUT_MASK]
     settings = [EvalSetting(mode=mode, knobs=knobs) for mode, knobs in chosen]
     about = {
         "model": model,

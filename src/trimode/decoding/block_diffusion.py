@@ -502,7 +502,7 @@ class Infill(OneByOne):
 
     def plan_one(self, g: Generation) -> Step:
         if len(g.uncached) > 1:
-            return causal_step(g, "prefill")
+            return Step(kind="prefill", tokens=g.uncached, view=Causal())
         if g.state is None:
             mask = g.traits.mask_token_id
             fixed = frozenset(i for i, token in enumerate(g.canvas) if token != mask)

@@ -76,8 +76,7 @@ class LinearSelfSpeculation(OneByOne):
                 return _draft_after(g, length - 1)
         places = [i for i, token in enumerate(g.canvas) if token == mask]
         if places:
-            # no draft head fills these: it is another pass by confidence, or a checkpoint without an exact first place
-            return block_step(g, "draft", g.canvas, places, g.traits.adapter_on_draft, takes_best=True)
+            return block_step(g, "draft", g.canvas, places, g.traits.adapter_on_draft, takes_best=_takes_best(g))
         return verify_step(g)
 
     def absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Outcome:

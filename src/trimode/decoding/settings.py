@@ -5,6 +5,7 @@ A setting without effect is an error: whoever turns a knob is told when it is no
 
 import operator
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any
@@ -15,6 +16,7 @@ __all__ = [
     "MODES",
     "MOST_LOGPROBS",
     "UNMASKING",
+    "WITHOUT_MASK",
     "Settings",
     "check_for_mode",
     "check_with_constraint",
@@ -24,6 +26,8 @@ __all__ = [
 ]
 
 MODES = ("auto", "ar", "diffusion", "self_spec")
+WITHOUT_MASK = ("ar", "auto")
+"""Modes of a checkpoint that names no mask token."""
 UNMASKING = ("threshold", "fixed", "entropy_bound", "margin", "leftmost", "random")
 MOST_BIAS = 10_000.0
 MOST_LOGPROBS = 20
@@ -180,7 +184,8 @@ def check_with_constraint(given: Mapping[str, Any], settings: Settings) -> None:
 def _coerce(values: dict[str, Any]) -> None:
     for name, value in values.items():
         if isinstance(value, Integral | Real) and not isinstance(value, int | float):  # NumPy's
-            values[name] = int(value) if isinstance(value, Integral) else float(value)
+            with suppress(OverflowError):  # what is no number here is told as it was given
+                values[name] = int(value) if isinstance(value, Integral) else float(value)
     mode = values.get("mode")
     if isinstance(mode, str):
         values["mode"] = _MODE_ALIASES.get(mode, mode)

@@ -270,7 +270,8 @@ class LanguageModel:
 
     @property
     def rows_stand_alone(self) -> bool:
-        """Whether no choice hangs on what shares its forward, not even within rounding: greedy `self_spec` is `ar` to the token."""
+        """Whether greedy `self_spec` is `ar` to the token: the native engine's rows hang on nothing that shares their forward, and in
+        PyTorch's float32 no two choices tie within what does."""
         return isinstance(self.forward, NativeForward) or self.precision == "float32"
 
     @property
@@ -778,11 +779,11 @@ class LanguageModel:
         if self._saves_packed:
             assert self._checkpoint is not None
             weights = packed_weights(self._checkpoint, "int8")
-            save_packed_checkpoint(directory, self._checkpoint, weights, adapter=self.adapter)
+            save_packed_checkpoint(directory, self._checkpoint, weights, adapter=self.adapter, tokenizer=self.tokenizer)
         else:
-            save_checkpoint(directory, self.config, self._dense_tensors(), adapter=self.adapter)
-        if self.tokenizer is not None:
-            self.tokenizer.save(directory)
+            save_checkpoint(
+                directory, self.config, self._dense_tensors(), adapter=self.adapter, tokenizer=self.tokenizer
+            )
 
     def _dense_tensors(self) -> Iterable[tuple[str, Tensor]]:
         if isinstance(self.forward, TorchForward) and self.forward.precision != "int8":

@@ -367,9 +367,16 @@ class NativeScores:
         self._found = found
 
     def answers(self, start: int, stop: int) -> Answers:
-        if self._found is not None and start == 0 and stop == len(self._hidden):
+        if self._found is None:
+            return self._forward.head(self._hidden[start:stop])
+        if start == 0 and stop == len(self._hidden):
             return self._found
-        return self._forward.head(self._hidden[start:stop])
+        logits, best, logsumexp, _, hidden, draft_head = self._found
+        assert best is not None and logsumexp is not None
+        own = slice(start, stop)
+        return Answers(
+            logits[own], best[own], logsumexp[own], None, None if hidden is None else hidden[own], draft_head
+        )
 
     def logits(self, start: int, stop: int) -> Tensor:
         return self.answers(start, stop).logits

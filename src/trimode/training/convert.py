@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from trimode.checkpoint import Checkpoint, save_checkpoint
 from trimode.checkpoint.adapter_files import open_adapter, save_adapter
+from trimode.checkpoint.store import new_directory
 from trimode.checkpoint.stored import listed
 from trimode.diffusion.corruption import SampleNoise
 from trimode.errors import DataError, MissingMaskTokenError, TrainingError
@@ -195,9 +196,7 @@ def export_checkpoint(directory: Path, model: TrainableModel, recipe: Recipe, to
     try:
         if directory.exists():
             directory.rename(old)
-        save_checkpoint(directory, config, tensors)
-        if tokenizer is not None:
-            tokenizer.save(directory)
+        save_checkpoint(directory, config, tensors, tokenizer=tokenizer)
     except OSError as error:
         raise TrainingError(f"Cannot write {directory}: {error.strerror}. The run's state is intact.") from error
     finally:
@@ -243,21 +242,15 @@ def choose_mask(config: ModelConfig, tokenizer: Tokenizer | None, wanted: str | 
 
 def write_converted(directory: Path, run: Path, recipe: Recipe, base: Checkpoint) -> None:
     """The checkpoint that a finished run makes of its base, whole or not at all."""
-    draft = directory.with_name(f"{directory.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
     if recipe.objective != "adapter":
-        shutil.copytree(run / "checkpoint", draft)
-    else:
-        stored = open_adapter(run / "adapter", base.config)
-        dtype = DTYPES.get(base.stored_dtype, torch.bfloat16)
-        extra = {"trimode": {**stored.facts, "base_fingerprint": stored.base}}
-        save_checkpoint(draft, base.config, base.tensors(dtype=dtype), adapter=stored.read(), adapter_extra=extra)
-        tokenizer = base.tokenizer()
-        if tokenizer is not None:
-            tokenizer.save(draft)
-    if directory.exists():
-        directory.rmdir()  # whoever made it left it empty
-    draft.rename(directory)
+        with new_directory(directory) as draft:
+            shutil.copytree(run / "checkpoint", draft, dirs_exist_ok=True)
+        return
+    stored = open_adapter(run / "adapter", base.config)
+    dtype = DTYPES.get(base.stored_dtype, torch.bfloat16)
+    extra = {"trimode": {**stored.facts, "base_fingerprint": stored.base}}
+    tensors, tokenizer = base.tensors(dtype=dtype), base.tokenizer()
+    save_checkpoint(directory, base.config, tensors, adapter=stored.read(), adapter_extra=extra, tokenizer=tokenizer)
 
 
 def take_adapter(model: TrainableModel, directory: Path) -> None:
