@@ -84,6 +84,8 @@ def convert(
     longest = whole_number(max_tokens, "--max-tokens", low=8)
     num_threads = None if threads is None else whole_number(threads, "--threads", low=1)
     target = Path(output)
+    if target.name in ("", ".."):  # a folder without a name of its own would have its run inside
+        target = target.resolve()
     is_taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
     taken = SettingError(f"{target} exists already and is not empty. Choose another place or remove it.")
 

@@ -372,7 +372,8 @@ class NativeScores:
         if start == 0 and stop == len(self._hidden):
             return self._found
         logits, best, logsumexp, _, hidden, draft_head = self._found
-        assert best is not None and logsumexp is not None
+        assert best is not None
+        assert logsumexp is not None
         own = slice(start, stop)
         return Answers(
             logits[own], best[own], logsumexp[own], None, None if hidden is None else hidden[own], draft_head
