@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from itertools import pairwise
 from math import inf, log2
 from pathlib import Path
@@ -243,6 +244,8 @@ class LatelySeen:
     def __init__(self, table: CostTable) -> None:
         self.table = table
         self._widths: dict[tuple[bool, int], _Width] = {}
+        self._nearest: dict[tuple[bool, int], _Width] = {}
+        """Of widths that were not seen, the nearest one that was; asked for more often than anything else here."""
         self._num_notes = 0
         self.version = 0
         """Changes when costs have moved by more than a little."""
@@ -258,7 +261,10 @@ class LatelySeen:
         key = (drafting, _place(num_inputs))
         known = self._factor(drafting, num_inputs)
         self._num_notes += 1
-        width = self._widths.setdefault(key, _Width(off=known, seen_at=self._num_notes))
+        width = self._widths.get(key)
+        if width is None:
+            width = self._widths[key] = _Width(off=known, seen_at=self._num_notes)
+            self._nearest = {}
         width.count += 1
         age = self._num_notes - width.seen_at
         width.seen_at = self._num_notes
@@ -270,15 +276,18 @@ class LatelySeen:
             self.version += 1
 
     def _factor(self, drafting: bool, num_inputs: float) -> float:
-        place = _place(num_inputs)
-        exact = self._widths.get((drafting, place))
-        if exact is not None:
-            return exact.off
-        others = list(self._widths.items())  # another thread may be noting a new one
-        nearest = min(others, key=lambda o: (o[0][0] != drafting, abs(o[0][1] - place)), default=None)
-        return 1.0 if nearest is None else nearest[1].off
+        key = (drafting, _place(num_inputs))
+        found = self._widths.get(key) or self._nearest.get(key)
+        if found is None:
+            # in this order: another thread may be noting a new one
+            nearest, others = self._nearest, list(self._widths.items())
+            if not others:
+                return 1.0
+            found = nearest[key] = min(others, key=lambda o: (o[0][0] != drafting, abs(o[0][1] - key[1])))[1]
+        return found.off
 
 
+@lru_cache(maxsize=1024)
 def _place(num_inputs: float) -> int:
     return round(2 * log2(max(num_inputs, 1.0)))
 
