@@ -13,6 +13,7 @@ from trimode.decoding.interface import Choice
 from trimode.decoding.lookup import Match
 from trimode.engine import cost
 from trimode.engine.cost import (
+    ENOUGH,
     REPEATS,
     Acceptance,
     CostTable,
@@ -26,6 +27,9 @@ from trimode.engine.cost import (
 FLAT = CostTable(num_inputs=(1, 64, 128), causal_s=(1.0, 1.05, 1.1), drafting_s=(1.0, 1.05, 1.1))
 STEEP = CostTable(num_inputs=(1, 2, 128), causal_s=(1.0, 2.0, 128.0), drafting_s=(1.0, 2.0, 128.0))
 BENT = CostTable(num_inputs=(1, 8, 128), causal_s=(1.0, 1.1, 16.0), drafting_s=(1.0, 1.1, 16.0))
+
+
+ASKED = tiny_model(3)
 
 
 def nothing(g):
@@ -97,6 +101,29 @@ def test_the_choice_promises_at_least_what_ar_does(rate, seconds, num_sharing, e
     speeds = chooser.speeds(Acceptance(rate), None, num_sharing)
     choice, promised = chooser._best(Acceptance(rate), None, num_sharing, 0)
     assert promised == speeds[choice] >= speeds[Choice("ar")]
+
+
+@given(
+    seconds=st.lists(st.floats(0.001, 1), min_size=3, max_size=3), num_sharing=st.integers(1, 32), exact=st.booleans()
+)
+def test_where_not_even_drafts_that_are_all_right_pay_nothing_is_weighed(seconds, num_sharing, exact):
+    rising = tuple(sorted(seconds))
+    table = CostTable(num_inputs=(1, 8, 64), causal_s=rising, drafting_s=rising)
+    chooser = MeasuredChooser(table, has_adapter=True, first_is_exact=exact)
+    choice, _ = chooser._best(Acceptance(1.0), None, num_sharing, 0)
+    g = ASKED.open_answer([5], {"mode": "self_spec"}).generation
+    request = chooser._of(g)
+    request.quoted[4] = chooser._quoted[4] = Acceptance(1.0)
+    quoted = chooser._best_quote(request, Match(4, 1), num_sharing, 0)[1]
+    if chooser._is_crowd(num_sharing):
+        assert choice == Choice("ar")
+        assert quoted <= ENOUGH / table.seconds(False, num_sharing) + 1e-9
+        assert chooser.choose(g, num_sharing, lambda g: Match(4, 1)) == Choice("ar")
+
+
+def test_a_crowd_on_a_steep_curve_and_none_on_a_flat_one():
+    crowds = [MeasuredChooser(t, has_adapter=True, first_is_exact=True)._is_crowd(8) for t in (STEEP, FLAT)]
+    assert crowds == [True, False]
 
 
 def settled(table, rate, seen):

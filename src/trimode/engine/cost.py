@@ -399,6 +399,8 @@ class MeasuredChooser:
         self._all = Acceptance()
         self._quoted: dict[int, Acceptance] = {}
         """Of drafts that texts themselves suggested, by the length of the match."""
+        self._crowds: tuple[int, dict[int, bool]] = (-1, {})
+        """For a version of the costs, whether so many requests fill a forward."""
 
     @property
     def costs(self) -> LatelySeen:
@@ -412,7 +414,7 @@ class MeasuredChooser:
         if g.settings.temperature > 0 and g.settings.seed is not None:
             # its tokens hang on what is chosen, and neither others nor a clock must reach into a seeded answer
             return Choice("ar")
-        if self._costs is None and g.num_new == 0:
+        if (self._costs is None and g.num_new == 0) or self._is_crowd(num_sharing):
             return Choice("ar")
         request = self._of(g)
         own, trials = request.own, request.trials
@@ -437,6 +439,18 @@ class MeasuredChooser:
                 return quote
         trials.note(best.kind != "ar")
         return best
+
+    def _is_crowd(self, num_sharing: int) -> bool:
+        """Whether so many fill a forward: not even drafts that are all right would pay."""
+        version, known = self._crowds
+        if version != self.costs.version:
+            version, known = self._crowds = (self.costs.version, {})
+        found = known.get(num_sharing)
+        if found is None:
+            cost = self.costs.seconds
+            most = max(length / cost(False, length * num_sharing) for length in range(2, LENGTHS[-1] + 1))
+            found = known[num_sharing] = most <= ENOUGH / cost(False, num_sharing)
+        return found
 
     def note(self, g: Generation, num_drafted: int, num_accepted: int) -> None:
         request = self._of(g)
