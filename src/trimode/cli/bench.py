@@ -10,10 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from trimode.cli import progress, screen
-from trimode.cli.modes import mode_settings
+from trimode.cli.modes import mode_settings, modes_of
 from trimode.cli.options import Device, Dtype, Json, Quantize, Threads, given, whole_number
 from trimode.cli.tracing import TracePath, Tracer, tracing
-from trimode.decoding.settings import WITHOUT_MASK
 from trimode.errors import DataError, SettingError
 from trimode.viz import terminal
 
@@ -202,9 +201,9 @@ def _measure(plan: Plan, texts: Any, folder: Path, resume: bool, tracer: Tracer,
 def _runnable(plan: Plan, runner: Any) -> list[tuple[str, dict[str, Any]]]:
     """The settings, the baseline first; of modes that nobody asked for by name only those that this checkpoint has."""
     chosen = list(plan.settings)
-    if not plan.chosen and runner.config.mask_token_id is None:
-        screen.say(f"{runner.name} names no mask token, so ar and auto are measured.")
-        chosen = [(mode, {}) for mode in WITHOUT_MASK]
+    if not plan.chosen:
+        modes = [mode for mode, _ in chosen]
+        chosen = [(mode, {}) for mode in modes_of(runner, modes, "ar and auto are measured")]
     if ("ar", {}) not in chosen:
         chosen.insert(0, ("ar", {}))
     return chosen

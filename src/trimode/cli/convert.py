@@ -18,19 +18,8 @@ DOCUMENTS_PER_STEP = 4
 
 MADE = "made.json"
 """In the run's folder: what the finished checkpoint was made of."""
-TRAINING = (
-    "data",
-    "adapter",
-    "full",
-    "steps",
-    "block_length",
-    "max_tokens",
-    "mask_token",
-    "changes",
-    "device",
-    "threads",
-)
-"""Options that mean nothing where nothing is trained."""
+UNTRAINED = ("base", "output", "quantize", "json")
+"""Parameters that mean something where nothing is trained."""
 
 
 def convert(
@@ -89,17 +78,13 @@ def convert(
     is_taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
     taken = SettingError(f"{target} exists already and is not empty. Choose another place or remove it.")
 
+    run = target.parent / f"{target.name}.run"
+    if is_taken and (quantize is not None or not run.exists()):
+        raise taken
     if quantize is not None:
-        # by name: typer may bring a click of its own
-        sources = {name: context.get_parameter_source(name) for name in TRAINING}
-        idle = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
-        if is_taken:
-            raise taken
+        idle = [p.opts[0] for p in context.command.params if p.name not in UNTRAINED and _is_given(context, p.name)]
         _quantized(base, target, quantize, idle, json=json)
         return
-    run = target.parent / f"{target.name}.run"
-    if is_taken and not run.exists():
-        raise taken
     if not data:
         raise SettingError("--data names the documents to train on. Give it, or --quantize int8 to train nothing.")
 
@@ -139,7 +124,7 @@ def convert(
     else:
         raw["blocks"] = {"block_lengths": [length], "partial": 0.2, "distill": 0.3}
     recipe = make_recipe(raw, Path.cwd(), changes or [])
-    made = _asked(target, base, data, recipe, mask)
+    made = _asked(target, checkpoint, data, recipe)
     if is_taken:
         if not _has_made(run / MADE, made, target):
             raise taken
@@ -164,19 +149,22 @@ def convert(
         screen.say(f"{target} decodes in every mode: trimode generate --model {target} --mode self_spec 'Hello'")
 
 
-def _asked(target: Path, base: str, data: Sequence[str], recipe: Any, mask: int) -> dict[str, Any]:
-    """All that a finished checkpoint hangs on: files by their places, sizes and times."""
+def _is_given(context: typer.Context, name: str | None) -> bool:
+    source = context.get_parameter_source(name or "")
+    return source is not None and source.name == "COMMANDLINE"  # by name: typer may bring a click of its own
 
-    def file(name: str) -> list[Any]:
-        path = Path(name)
-        return [str(path.resolve()), path.stat().st_size, path.stat().st_mtime] if path.is_file() else [name]
 
-    places = {
+def _asked(target: Path, base: Any, data: Sequence[str], recipe: Any) -> dict[str, Any]:
+    """All that a finished checkpoint hangs on: documents by their places, sizes and times."""
+    files = [Path(file).resolve() for file in data]
+    asked = {
         "target": str(target.resolve()),
-        "base": [*file(base), str(Path(base).resolve())],
-        "data": [*map(file, data)],
+        "base": [str(base.path.resolve()), base.fingerprint()],
+        "data": [[str(file), file.stat().st_size, file.stat().st_mtime] for file in files if file.is_file()],
+        "recipe": recipe.identity(),
+        "steps": recipe.train.steps,
+        "mask": base.config.mask_token_id,
     }
-    asked = {**places, "recipe": recipe.identity(), "steps": recipe.train.steps, "mask": mask}
     return jsonlib.loads(jsonlib.dumps(asked))
 
 
@@ -192,8 +180,7 @@ def _quantized(base: str, target: Path, quantize: str, idle: list[str], *, json:
     if quantize != "int8":
         raise SettingError(f"--quantize must be int8; got {quantize!r}.")
     if idle:
-        option = "--set" if idle[0] == "changes" else f"--{idle[0].replace('_', '-')}"
-        raise SettingError(f"{option} has no effect with --quantize, which trains nothing. Leave it out.")
+        raise SettingError(f"{idle[0]} has no effect with --quantize, which trains nothing. Leave it out.")
     from trimode.checkpoint import open_checkpoint, save_packed_checkpoint
     from trimode.checkpoint.packing import packed_weights
     from trimode.device import NATIVE_MISSING, native_kernels

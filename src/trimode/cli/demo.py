@@ -7,9 +7,9 @@ import typer
 from rich.text import Text
 
 from trimode.cli import screen
+from trimode.cli.modes import modes_of
 from trimode.cli.options import Device, Dtype, Json, ModelName, Quantize, Threads, given
 from trimode.cli.tracing import TracePath, Tracer, tracing
-from trimode.decoding.settings import WITHOUT_MASK
 from trimode.errors import PromptError
 from trimode.viz import terminal
 
@@ -53,12 +53,7 @@ def _compare(runner: Any, prompt: str, limit: int, tracer: Tracer, *, json: bool
     if not json:
         console.print(screen.title(runner), soft_wrap=True)
         console.print(Text(f"> {prompt}"), soft_wrap=True)
-    modes = MODES
-    if runner.config.mask_token_id is None:
-        modes = WITHOUT_MASK
-        screen.say(
-            f"{runner.name} names no mask token, so it answers in ar and auto. trimode convert gives it the rest."
-        )
+    modes = modes_of(runner, MODES, "it answers in ar and auto. trimode convert gives it the rest")
     outputs: dict[str, Any] = {}
     told: set[str] = set()
     for mode in modes:

@@ -7,9 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from trimode.cli import progress, screen
-from trimode.cli.modes import mode_settings
+from trimode.cli.modes import mode_settings, modes_of
 from trimode.cli.options import Device, Dtype, Json, Quantize, Threads, given, whole_number
-from trimode.decoding.settings import WITHOUT_MASK
 from trimode.errors import MissingMaskTokenError, SettingError
 from trimode.viz import scores
 
@@ -131,10 +130,7 @@ def evaluate(
 
     runner = screen.load(model, dtype=dtype, device=device, threads=threads, quantize=quantize)
     if chosen is None:
-        chosen = mode_settings("ar,diffusion,self_spec")
-        if runner.config.mask_token_id is None:
-            screen.say(f"{runner.name} names no mask token, so ar and auto are graded.")
-            chosen = [(mode, {}) for mode in WITHOUT_MASK]
+        chosen = [(mode, {}) for mode in modes_of(runner, ("ar", "diffusion", "self_spec"), "ar and auto are graded")]
     settings = [EvalSetting(mode=mode, knobs=knobs) for mode, knobs in chosen]
     about = {
         "model": model,

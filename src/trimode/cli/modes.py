@@ -1,13 +1,23 @@
 """Settings as the commands that compare take them: `ar,diffusion:threshold=0.7|0.9:block_length=8|16`."""
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
+from trimode.cli import screen
 from trimode.cli.options import parse
-from trimode.decoding.settings import check_for_mode, parse_settings
+from trimode.decoding.settings import WITHOUT_MASK, check_for_mode, parse_settings
 from trimode.errors import SettingError
 
-__all__ = ["mode_settings"]
+__all__ = ["mode_settings", "modes_of"]
+
+
+def modes_of(runner: Any, modes: Sequence[str], so: str) -> Sequence[str]:
+    """These modes; of a checkpoint that names no mask token those that it has, and it is said that it is `so`."""
+    if runner.config.mask_token_id is not None:
+        return modes
+    screen.say(f"{runner.name} names no mask token, so {so}.")
+    return WITHOUT_MASK
 
 
 def mode_settings(written: str, option: str = "--modes") -> list[tuple[str, dict[str, Any]]]:
