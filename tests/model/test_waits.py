@@ -122,7 +122,8 @@ def test_a_gap_is_read_once_a_step(world, knobs):
     with on_a_device() as (waits, num_forwards):
         own = model(captured=True, successor=successor, **CHECKPOINTS[checkpoint])
         assert own.infill(gap, **knobs).token_ids == expected.token_ids
-    assert own.forward.capture.num_fetches + len(waits) <= len(num_forwards)
+    # the first forward reads what stands before the gap, and is asked nothing
+    assert own.forward.capture.num_fetches + len(waits) < len(num_forwards)
 
 
 @pytest.mark.parametrize("world", WORLDS)
