@@ -237,8 +237,7 @@ Variant = tuple[str, TorchForward, KeyValueCache, Inputs]
 def run_forward(forward: TorchForward, cache: KeyValueCache, inputs: Inputs) -> None:
     """One forward and the greedy choice of each row, on the host."""
     found = forward(inputs, cache).answers(0, len(inputs.asked))
-    if found.best is None:
-        found.logits.argmax(dim=-1).tolist()
+    (found.logits.argmax(dim=-1) if found.unread_best is None else found.unread_best).tolist()
 
 
 def take_turns(variants: list[Variant], rounds: int, clock: Clock) -> dict[str, dict[str, float]]:

@@ -334,6 +334,7 @@ def test_a_batch_takes_the_memory_of_its_requests_not_of_its_longest_one(monkeyp
 
 def test_a_penalty_does_not_make_a_filled_token_a_repetition_of_itself():
     from trimode.decoding.block_diffusion import Progress, denoise
+    from trimode.decoding.reading import read
 
     model = tiny_model(1)
     mask = model.config.mask_token_id
@@ -343,12 +344,12 @@ def test_a_penalty_does_not_make_a_filled_token_a_repetition_of_itself():
     logits = torch.ones(2, model.config.vocab_size)
     logits[0, 9], logits[1, 11] = 4.0, 4.0
     logits[:, mask] = -9.0
-    assert denoise(g, Progress(num_masked=2, num_steps=2), Rows(logits)) == 0
+    assert read(denoise(g, Progress(num_masked=2, num_steps=2), Rows(logits))) == 0
     assert g.canvas == [9, 11]
     # a token that stands elsewhere in the block is one
     g.canvas = [9, 9]
     logits[1] = logits[0]
-    assert denoise(g, Progress(num_masked=2, num_steps=2), Rows(logits)) == 2
+    assert read(denoise(g, Progress(num_masked=2, num_steps=2), Rows(logits))) == 2
 
 
 def test_one_tensor_in_a_list_is_a_batch_of_one():

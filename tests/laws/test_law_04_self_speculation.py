@@ -8,10 +8,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.worlds import EOS, looks_at_tensors, random_lora, tiny_config, tiny_model
+from tests.worlds import EOS, random_lora, tiny_config, tiny_model
 from trimode.decoding.interface import Rows
+from trimode.decoding.reading import read
 from trimode.decoding.sampling import adjusted, pick, truncated_distribution, uniform, verify
 from trimode.engine.request import Request
+
+
+class OddBehindEven:
+    """A constraint that hangs on the token before."""
+
+    def allowed(self, answer):
+        parity = answer[-1] % 2 if answer else 1
+        return torch.arange(16) % 2 != parity
+
+    def __repr__(self):
+        return "odd behind even"
 
 
 @settings(max_examples=60, deadline=None)
@@ -215,7 +227,7 @@ def test_rejection_sampling_accepts_with_probability_p_over_q():
     total = 6000
     for _ in range(total):
         draft = int(torch.multinomial(q, 1, generator=g.random))
-        tokens = verify([draft], q[None], Rows(torch.stack([p.log(), p.log()])), g)
+        tokens, _ = read(verify([draft], q[None], Rows(torch.stack([p.log(), p.log()])), g))
         firsts[tokens[0]] += 1
         num_accepted += len(tokens) == 2
     # sum of min(p, q) = 0.1 + 0.3 + 0.2; three standard deviations of 6,000 coin throws are 0.019
@@ -232,6 +244,11 @@ def test_rejection_sampling_accepts_with_probability_p_over_q():
         {"top_p": 0.7, "temperature": 0.6},
         {"min_p": 0.1},
         {"repetition_penalty": 1.5, "presence_penalty": 0.7},
+        {"max_thinking_tokens": 2, "end_think_token_id": 7},
+        {"max_thinking_tokens": 0, "end_think_token_id": 7},
+        {"max_thinking_tokens": 2, "end_think_token_id": 7, "temperature": 0.0},
+        {"constraint": OddBehindEven(), "logprobs": 2},
+        {"constraint": OddBehindEven(), "temperature": 0.0},
     ],
     ids=str,
 )
@@ -239,7 +256,8 @@ def test_rejection_sampling_accepts_with_probability_p_over_q():
 def test_places_that_are_looked_at_together_come_to_what_they_come_to_one_by_one(has_q, knobs):
     """Where logits lie on a device all places are judged before one is waited for: the same tokens, the same random numbers."""
     model = tiny_model(0, vocab_size=16)
-    num_looks = Counter()
+    constraint = knobs.get("constraint")
+    knobs = {name: value for name, value in knobs.items() if name != "constraint"}
     ends = Counter()
     for case in range(300):
         draws = torch.Generator().manual_seed(case)
@@ -251,15 +269,26 @@ def test_places_that_are_looked_at_together_come_to_what_they_come_to_one_by_one
         for at_once in (False, True):
             settings = {"mode": "self_spec", "temperature": 1.0, "seed": case, **knobs}
             g = model.open_answer([1], settings).generation
-            q = truncated_distribution(adjusted(near, g), g.settings) if has_q else None
-            drafts = pick(q, uniform(g, n)).tolist() if q is not None else adjusted(near, g).argmax(dim=-1).tolist()
-            with looks_at_tensors() as looks:
-                tokens = verify(drafts, q, Rows(logits), g, at_once=at_once)
-            num_looks[at_once] += len(looks)
-            found.append((tokens, float(uniform(g))))
+            g.constraint = constraint
+            q = None
+            if has_q and g.settings.temperature > 0:
+                q = truncated_distribution(adjusted(near, g), g.settings)
+            drafts = adjusted(near, g).argmax(dim=-1).tolist() if q is None else pick(q, uniform(g, n)).tolist()
+            if case % 2 and "end_think_token_id" in knobs:
+                drafts[min(n - 1, case % 3)] = knobs["end_think_token_id"]
+                q = None
+            function = verify(drafts, q, Rows(logits), g, at_once=at_once)
+            if at_once:
+                wanted = next(function)
+                with pytest.raises(StopIteration) as end:  # it reads once, whatever it reads
+                    function.send([tensor.tolist() for tensor in wanted])
+                (tokens, logprobs) = end.value.value
+            else:
+                tokens, logprobs = read(function)
+            found.append((tokens, logprobs, float(uniform(g))))
             assert len(tokens) <= n + 1
+            assert len(logprobs) == (len(tokens) if "logprobs" in knobs else 0)
         assert found[0] == found[1]
         ends[len(found[0][0]) == n + 1] += 1
-    assert num_looks[True] == 300  # once each; one by one there are many more
-    assert num_looks[False] > 600
-    assert min(ends.values()) > 20
+    assert ends[False] > 20
+    assert ends[True] > 20 or "end_think_token_id" in knobs or constraint is not None

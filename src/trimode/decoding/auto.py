@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from trimode.decoding.autoregressive import Autoregressive
-from trimode.decoding.interface import Choice, Generation, OneByOne, Outcome, Predictions, Step, Traits
+from trimode.decoding.interface import Choice, Generation, Outcome, Predictions, Step, Traits
 from trimode.decoding.lookup import LookupSelfSpeculation, Match
+from trimode.decoding.reading import Reading, together
 from trimode.decoding.self_speculation import LinearSelfSpeculation, QuadraticSelfSpeculation
 from trimode.decoding.settings import Settings
 
@@ -47,7 +48,9 @@ class Auto:
         self._chooser = chooser
         self._num_forwards = 0
         self._lookup = LookupSelfSpeculation()
-        self._kinds: dict[str, OneByOne] = {
+        self._kinds: dict[
+            str, Autoregressive | LookupSelfSpeculation | LinearSelfSpeculation | QuadraticSelfSpeculation
+        ] = {
             "ar": Autoregressive(),
             "linear": LinearSelfSpeculation(),
             "quadratic": QuadraticSelfSpeculation(),
@@ -71,9 +74,9 @@ class Auto:
 
     def absorb(
         self, generations: Sequence[Generation], steps: Sequence[Step], predictions: Sequence[Predictions]
-    ) -> list[Outcome]:
+    ) -> Reading[list[Outcome]]:
         start = time.perf_counter()
-        outcomes = [self._absorb_one(*each) for each in zip(generations, steps, predictions, strict=True)]
+        outcomes = yield from together(map(self._absorb_one, generations, steps, predictions))
         self._num_forwards += 1
         num_inputs = num_seen = 0
         drafting = reading = False
@@ -90,10 +93,10 @@ class Auto:
             self._chooser.note_cost(drafting, num_inputs, num_seen / num_inputs, seconds)
         return outcomes
 
-    def _absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Outcome:
+    def _absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Reading[Outcome]:
         assert g.choice is not None
         num_drafted = len(g.canvas)
-        outcome = self._kinds[g.choice.kind].absorb_one(g, step, predictions)
+        outcome = yield from self._kinds[g.choice.kind].absorb_one(g, step, predictions)
         if outcome.accepted is not None:
             self._chooser.note(g, num_drafted, outcome.accepted)
         return outcome

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, takewhile
 from operator import mul
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,13 +31,16 @@ from trimode.decoding.interface import (
     Traits,
     sent,
 )
+from trimode.decoding.reading import Reading
 from trimode.decoding.sampling import (
     adjusted,
     fill_from_left,
     likeliest,
+    logprob_tables,
     next_token,
     pick,
     token_logprobs,
+    told_logprobs,
     truncated_distribution,
     uniform,
     verify,
@@ -89,9 +93,7 @@ def length_of_block(generation: Generation) -> int:
     return generation.settings.block_length or generation.traits.block_length
 
 
-def block_step(
-    generation: Generation, kind: str, canvas: Sequence[int], places: Sequence[int], adapter: str, *, takes_best: bool
-) -> Step:
+def block_step(generation: Generation, kind: str, canvas: Sequence[int], places: Sequence[int], adapter: str) -> Step:
     """A forward over the uncached final tokens and the canvas behind them, asking for these places of the canvas."""
     known = generation.uncached
     tokens = known + tuple(canvas)
@@ -103,7 +105,7 @@ def block_step(
     elif adapter == "masks":
         adapted = tuple(len(known) + i for i, token in enumerate(canvas) if token == mask)
     at = tuple(len(known) + place for place in places)
-    return Step(kind=kind, tokens=tokens, view=view, at=at, adapted=adapted, takes_best=takes_best)
+    return Step(kind=kind, tokens=tokens, view=view, at=at, adapted=adapted)
 
 
 def places_asked(generation: Generation, progress: Progress) -> list[int]:
@@ -115,26 +117,30 @@ def places_asked(generation: Generation, progress: Progress) -> list[int]:
     return [i for i in range(len(generation.canvas)) if i not in progress.fixed]
 
 
-def denoise(generation: Generation, progress: Progress, rows: Rows) -> int:
+def denoise(generation: Generation, progress: Progress, rows: Rows) -> Reading[int]:
     """Fill and revise the canvas from the rows of `places_asked`. Returns how many tokens were revised."""
-    settings, traits, canvas = generation.settings, generation.traits, generation.canvas
+    traits, canvas = generation.traits, generation.canvas
     places = places_asked(generation, progress)
     if generation.constraint is not None:
-        _fill_in_order(generation, progress, places, rows)
+        yield from _fill_in_order(generation, progress, places, rows)
         return 0
     tokens, confidence = _choices(generation, progress, places, rows)
 
-    before = list(canvas)
     masked = [j for j, place in enumerate(places) if canvas[place] == traits.mask_token_id]
     taken = _sure_enough(generation, confidence)
     if masked:
         chosen = _chosen(generation, progress, [places[j] for j in masked], masked, tokens, confidence, rows)
         taken = chosen if len(masked) == len(places) else taken.index_copy(0, sent(masked, taken.device), chosen)
-    # on a device the only wait, unless arg-maxima were asked for
-    told = torch.stack((tokens.double(), confidence.double(), taken.double())).tolist()
+    chosen_tokens, how_sure, takes, *tables = yield [
+        tokens,
+        confidence,
+        taken,
+        *logprob_tables(tokens, rows, generation),
+    ]
+    logprobs = told_logprobs(chosen_tokens, tables)
     filling = set(masked)
     revised = 0
-    for j, (place, token, sure, take) in enumerate(zip(places, map(int, told[0]), *told[1:], strict=True)):
+    for j, (place, token, sure, take) in enumerate(zip(places, chosen_tokens, how_sure, takes, strict=True)):
         if not take or token == canvas[place]:
             continue
         if j not in filling:
@@ -144,14 +150,13 @@ def denoise(generation: Generation, progress: Progress, rows: Rows) -> int:
             revised += 1
         canvas[place] = token
         progress.confidence[place] = sure
+        if logprobs:
+            progress.logprobs[place] = logprobs[j]
     if masked:
         progress.step += 1
     else:
         progress.post_step += 1
         progress.settled = revised == 0
-    new = [j for j, place in enumerate(places) if canvas[place] != before[place]]
-    if settings.logprobs is not None:
-        _note_logprobs(generation, progress, [places[j] for j in new], rows[new])
     return revised
 
 
@@ -173,7 +178,8 @@ def _choices(generation: Generation, progress: Progress, places: list[int], rows
 
 def _linked_choices(generation: Generation, places: list[int], rows: Rows, head: DraftHead) -> tuple[Tensor, Tensor]:
     """The same for masked places, each chosen behind the one before it. Masks in a row are as sure as all of them up to there."""
-    tokens, sure = likeliest(rows, generation)
+    best, sure = likeliest(rows, generation)
+    tokens = best.clone()
     starts = [j for j, place in enumerate(places) if j == 0 or place != places[j - 1] + 1]
     for start, end in zip(starts, [*starts[1:], len(places)], strict=True):
         if places[start] == 0:
@@ -183,7 +189,7 @@ def _linked_choices(generation: Generation, places: list[int], rows: Rows, head:
             before, first = generation.canvas[places[start] - 1], start
         if first < end:
             own = slice(first, end)
-            drafts, probabilities = head.drafted(rows.hidden[own], rows.logits[own], before).to(sure.device)
+            drafts, probabilities = head.drafted(rows.hidden[own], rows.logits[own], before)
             # rounded at the end, so that it is the same wherever it is reckoned
             tokens[own], sure[own] = drafts.long(), probabilities.cumprod(dim=0).to(sure.dtype)
     return tokens, sure
@@ -207,12 +213,12 @@ def _chosen_tokens(generation: Generation, progress: Progress, places: list[int]
     return pick(truncated_distribution(scores, settings), uniform(generation, len(places)))
 
 
-def _fill_in_order(generation: Generation, progress: Progress, places: list[int], rows: Rows) -> None:
+def _fill_in_order(generation: Generation, progress: Progress, places: list[int], rows: Rows) -> Reading[None]:
     """Under a constraint a block fills from the left: what may stand at a place hangs on all that stands before it."""
     given = generation.settings.threshold
     history = [*generation.final, *generation.canvas[: places[0]]]
-    tokens, sure = fill_from_left(
-        rows.logits,
+    tokens, sure, logprobs = yield from fill_from_left(
+        rows,
         generation,
         history,
         DEFAULT_THRESHOLD if given is None else given,
@@ -222,13 +228,8 @@ def _fill_in_order(generation: Generation, progress: Progress, places: list[int]
     for place, token, confidence in zip(filled, tokens, sure, strict=True):
         generation.canvas[place] = token
         progress.confidence[place] = confidence
-    _note_logprobs(generation, progress, filled, rows)
+    progress.logprobs.update(zip(filled, logprobs, strict=False))
     progress.step += 1
-
-
-def _note_logprobs(generation: Generation, progress: Progress, places: list[int], rows: Rows) -> None:
-    tokens = [generation.canvas[place] for place in places]
-    progress.logprobs.update(zip(places, token_logprobs(tokens, rows, generation), strict=False))
 
 
 def _logprobs_of(generation: Generation, progress: Progress, tokens: Sequence[int]) -> tuple[TokenLogprob, ...]:
@@ -309,23 +310,17 @@ class BlockDiffusion(OneByOne):
             return _exact_step(g)
         kind = "denoise" if g.traits.mask_token_id in g.canvas else "revise"
         places = places_asked(g, g.state)
-        return block_step(g, kind, g.canvas, places, g.traits.adapter_on_denoise, takes_best=_takes_best(g))
+        return block_step(g, kind, g.canvas, places, g.traits.adapter_on_denoise)
 
-    def absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Outcome:
+    def absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Reading[Outcome]:
         if g.state is None:
-            anchor = next_token(predictions.after, g)
-            # where the first place is exact, blocks start in `plan_one`
-            given = () if g.traits.first_is_exact else self._start_block(g, length_of_block(g) - 1, anchor)
-            told = token_logprobs((anchor,), predictions.after, g)
-            if told:
-                told += tuple(TokenLogprob(token, 0.0) for token in given)
-            return Outcome(committed=(anchor, *given), kept=len(step.tokens), logprobs=told)
+            return (yield from self._absorb_anchor(g, step, predictions.after))
         progress: Progress = g.state
         if g.traits.first_is_exact and predictions.after.draft_head is not None and _may_try(g):
-            return self._check_and_try(g, step, predictions.after, predictions.after.draft_head)
+            return (yield from self._check_and_try(g, predictions.after, predictions.after.draft_head))
         if g.traits.first_is_exact:
-            return _commit_lead(g, step, denoise(g, progress, predictions.after))
-        revised = denoise(g, progress, predictions.at)
+            return _commit_lead(g, step, (yield from denoise(g, progress, predictions.after)))
+        revised = yield from denoise(g, progress, predictions.at)
         num_needed = _num_needed(g)
         if g.traits.mask_token_id in g.canvas[:num_needed] or wants_revision(g, progress):
             return Outcome(revised=revised)
@@ -335,32 +330,31 @@ class BlockDiffusion(OneByOne):
         g.canvas, g.state = [], None
         return Outcome(committed=committed, probabilities=sure, logprobs=told, revised=revised)
 
-    def _check_and_try(self, g: Generation, step: Step, rows: Rows, head: DraftHead) -> Outcome:
+    def _absorb_anchor(self, g: Generation, step: Step, row: Rows) -> Reading[Outcome]:
+        anchor, told = yield from next_token(row, g)
+        # where the first place is exact, blocks start in `plan_one`
+        given = () if g.traits.first_is_exact else self._start_block(g, length_of_block(g) - 1, anchor)
+        if told:
+            told += tuple(TokenLogprob(token, 0.0) for token in given)
+        return Outcome(committed=(anchor, *given), kept=len(step.tokens), logprobs=told)
+
+    def _check_and_try(self, g: Generation, rows: Rows, head: DraftHead) -> Reading[Outcome]:
         """Commit what was tried as far as the causal view says the same, its own choice behind that, and what is sure behind all that
         was tried. What is less sure is tried next."""
-        tried = g.state.tried
-        drafts: list[int] | None = None
-        probabilities: list[float] = []
-        if rows.best is None and rows.logits.device.type != "cpu":
-            committed, sure, drafts, probabilities = _read_at_once(tried, rows, head, g)
-        else:
-            committed = verify(tried, None, rows[: len(tried) + 1], g)
-            sure = rows[: len(committed)].probabilities(committed).tolist()
+        found = yield from (_read_at_once if rows.lie_on_device else _read_as_needed)(g.state.tried, rows, head, g)
+        committed, sure = found.committed, found.sure
         num_right = len(committed) - 1
         g.canvas, g.state = [], None
-        if num_right == len(tried) and len(committed) < len(rows) and not g.ends_with(committed[-1]):
-            if drafts is None:
-                own = slice(len(committed), len(rows))
-                drafts, probabilities = head.draft(rows.hidden[own], rows.logits[own], committed[-1])
-            together = list(accumulate(probabilities, mul))
+        if found.drafts and not g.ends_with(committed[-1]):
+            together = list(accumulate(found.probabilities, mul))
             bound = DEFAULT_THRESHOLD if g.settings.threshold is None else g.settings.threshold
             num_sure = sum(p >= bound for p in together)
-            committed += drafts[:num_sure]
+            committed += found.drafts[:num_sure]
             sure += together[:num_sure]
-            unsure = takewhile(lambda j: probabilities[j] >= WORTH_TRYING, range(num_sure, len(drafts)))
+            unsure = takewhile(lambda j: found.probabilities[j] >= WORTH_TRYING, range(num_sure, len(found.drafts)))
             self._start_block(g, length_of_block(g))
-            g.state.tried = tuple(drafts[j] for j in unsure)[: len(g.canvas) - 1]
-        told = token_logprobs(committed, rows[: len(committed)], g)
+            g.state.tried = tuple(found.drafts[j] for j in unsure)[: len(g.canvas) - 1]
+        told = found.logprobs[: len(committed)] or (yield from token_logprobs(committed, rows, g))
         kept = len(g.uncached) + num_right
         return Outcome(committed=tuple(committed), kept=kept, probabilities=tuple(sure), logprobs=told)
 
@@ -390,18 +384,48 @@ class BlockDiffusion(OneByOne):
         return settings.block_length or traits.block_length
 
 
-def _read_at_once(
-    tried: Sequence[int], rows: Rows, head: DraftHead, g: Generation
-) -> tuple[list[int], list[float], list[int], list[float]]:
-    """What the causal view says as far as it agrees with what was tried, how sure it is, and the drafts behind all of that with their
-    probabilities: on a device one wait, where nothing is saved by not drafting behind what turns out wrong."""
+class _Checked(NamedTuple):
+    """What the causal view says as far as it agrees with what was tried, how sure it is, and the drafts behind all of that."""
+
+    committed: list[int]
+    sure: list[float]
+    drafts: list[int]
+    """None where something that was tried is wrong."""
+    probabilities: list[float]
+    """Of the drafts, each behind those before it."""
+    logprobs: tuple[TokenLogprob, ...]
+    """Of all of them, where that was read too."""
+
+
+def _read_as_needed(tried: Sequence[int], rows: Rows, head: DraftHead, g: Generation) -> Reading[_Checked]:
+    n = len(tried)
+    committed, _ = yield from verify(tried, None, rows[: n + 1], g)
+    (sure,) = yield [rows[: len(committed)].probabilities(committed)]
+    drafts: list[int] = []
+    probabilities: list[float] = []
+    if n + 1 == len(committed) < len(rows) and not g.ends_with(committed[-1]):
+        own = slice(n + 1, len(rows))
+        drafts, probabilities = head.draft(rows.hidden[own], rows.logits[own], committed[-1])
+    return _Checked(committed, sure, drafts, probabilities, ())
+
+
+def _read_at_once(tried: Sequence[int], rows: Rows, head: DraftHead, g: Generation) -> Reading[_Checked]:
+    """On a device one wait, where nothing is saved by not drafting behind what turns out wrong."""
     n = len(tried)
     best, sure = likeliest(rows[: n + 1], g)
     drafted = head.drafted(rows.hidden[n + 1 :], rows.logits[n + 1 :], best[n:])
-    told = torch.cat((torch.stack((best.double(), sure.double())), drafted), dim=1).tolist()
-    tokens = [int(token) for token in told[0]]
+    all_tokens = torch.cat((best, drafted[0].long()))
+    tokens, how_sure, probabilities, *tables = yield [
+        all_tokens,
+        sure,
+        drafted[1],
+        *logprob_tables(all_tokens, rows, g),
+    ]
     num_right = next((i for i in range(n) if tokens[i] != tried[i]), n)
-    return tokens[: num_right + 1], told[1][: num_right + 1], tokens[n + 1 :], told[1][n + 1 :]
+    drafts = tokens[n + 1 :] if num_right == n else []
+    return _Checked(
+        tokens[: num_right + 1], how_sure[: num_right + 1], drafts, probabilities, told_logprobs(tokens, tables)
+    )
 
 
 def _may_try(g: Generation) -> bool:
@@ -419,11 +443,6 @@ def _may_try(g: Generation) -> bool:
         and s.unmasking == "threshold"
         and all(token == g.traits.mask_token_id for token in g.canvas)
     )
-
-
-def _takes_best(g: Generation) -> bool:
-    """Whether arg-maxima say what fills a block: not where a draft head chooses, nor where a policy looks at other tokens too."""
-    return not (g.traits.has_draft_head or g.settings.unmasking in ("margin", "entropy_bound"))
 
 
 def _exact_step(g: Generation) -> Step:
@@ -452,7 +471,6 @@ def _exact_step(g: Generation) -> Step:
         view=BlockOverCausal(len(known) + len(tried)),
         after=after,
         adapted=adapted,
-        takes_best=_takes_best(g) or not adapted,
     )
 
 
@@ -512,14 +530,13 @@ class Infill(OneByOne):
             num_steps = g.settings.max_denoising_steps or num_masked
             g.state = Progress(num_masked=num_masked, num_steps=num_steps, fixed=fixed, banned=banned)
         kind = "denoise" if g.traits.mask_token_id in g.canvas else "revise"
-        # what may not fill a gap is left out of the logits
-        return block_step(g, kind, g.canvas, places_asked(g, g.state), g.traits.adapter_on_denoise, takes_best=False)
+        return block_step(g, kind, g.canvas, places_asked(g, g.state), g.traits.adapter_on_denoise)
 
-    def absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Outcome:
+    def absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Reading[Outcome]:
         if step.kind == "prefill":
             return Outcome(kept=len(step.tokens) - 1)
         progress: Progress = g.state
-        revised = denoise(g, progress, predictions.at)
+        revised = yield from denoise(g, progress, predictions.at)
         if g.traits.mask_token_id in g.canvas or wants_revision(g, progress):
             return Outcome(revised=revised)
         sure = tuple(progress.confidence.get(i, 1.0) for i in range(len(g.canvas)))

@@ -7,6 +7,7 @@ starts with every final token not yet cached; only causal keys stay; the cache n
 from collections.abc import Callable, Iterator, Sequence
 
 from trimode.decoding.interface import Generation, Outcome, Predictions, Step
+from trimode.decoding.reading import read, together
 from trimode.errors import EngineContractError
 
 __all__ = [
@@ -82,12 +83,16 @@ def absorb_predictions(
 ) -> list[Outcome]:
     """What each of these forwards made final, whatever the decoders."""
     if len(generations) == 1:
-        return generations[0].decoder.absorb(generations, steps, predictions)
-    outcomes: dict[int, Outcome] = {}
-    for group in _by_decoder(generations):
-        absorbed = generations[group[0]].decoder.absorb(
+        return read(generations[0].decoder.absorb(generations, steps, predictions))
+    groups = _by_decoder(generations)
+    absorbing = (
+        generations[group[0]].decoder.absorb(
             [generations[i] for i in group], [steps[i] for i in group], [predictions[i] for i in group]
         )
+        for group in groups
+    )
+    outcomes: dict[int, Outcome] = {}
+    for group, absorbed in zip(groups, read(together(absorbing)), strict=True):
         outcomes.update(zip(group, absorbed, strict=True))
     return [outcomes[i] for i in range(len(generations))]
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from trimode.decoding.reading import Reading, together
 from trimode.decoding.settings import Settings
 from trimode.model.views import View
 
@@ -61,8 +62,6 @@ class Traits:
     """The same for diffusion's denoising steps."""
     drafts_adapt: bool = False
     """Each input costs time where this runs: linear drafts are as long as lately paid, unless the request names a block length."""
-    has_draft_head: bool = False
-    """Drafts are chosen by a head that knows the draft before each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,8 +80,6 @@ class Step:
     """Inputs whose own place is to be predicted."""
     adapted: tuple[int, ...] = ()
     """Inputs that the draft adapter acts on."""
-    takes_best: bool = True
-    """Arg-maxima, which a GPU must be waited for, tell the decoder what it asks. Else it reads what it needs itself."""
 
 
 @runtime_checkable
@@ -117,15 +114,17 @@ class Rows:
         logits: Tensor,
         best: tuple[int, ...] | None = None,
         logsumexp: Tensor | None = None,
+        unread_best: Tensor | None = None,
         best_logits: Tensor | None = None,
         hidden: Any = None,
         draft_head: DraftHead | None = None,
     ) -> None:
         self.best = best
-        """The arg-max of each row, the mask token left out."""
+        """The arg-max of each row, the mask token left out, where the host knows it."""
         self.draft_head = draft_head
         """Chooses drafts that know the draft before them, where the checkpoint has such a head."""
-        self._beside: tuple[Tensor, Tensor | None, Tensor | None, Any] = (logits, logsumexp, best_logits, hidden)
+        self._beside: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Any]
+        self._beside = (logits, logsumexp, unread_best, best_logits, hidden)
         self._cut: slice | None = None
 
     @property
@@ -135,18 +134,23 @@ class Rows:
 
     @property
     def logsumexp(self) -> Tensor | None:
-        """[n] float32"""
+        """[n] where the logits lie"""
         return self._part(1)
 
     @property
-    def best_logits(self) -> Tensor | None:
-        """[n] float32 of `best`, on the host like it"""
+    def unread_best(self) -> Tensor | None:
+        """[n] ids: the arg-maxima where the logits lie, if they were found there"""
         return self._part(2)
+
+    @property
+    def best_logits(self) -> Tensor | None:
+        """[n] Those of `unread_best`."""
+        return self._part(3)
 
     @property
     def hidden(self) -> Any:
         """[n, D] What the draft head wants of these inputs, a tensor or an array as it takes them."""
-        return self._part(3)
+        return self._part(4)
 
     def _part(self, index: int) -> Any:
         whole = self._beside[index]
@@ -171,6 +175,12 @@ class Rows:
         part._cut = slice(begin + start, begin + max(start, stop))
         return part
 
+    def picked(self, which: Tensor) -> "Rows":
+        """These of them, by an index that lies where the logits do. The host no longer knows the arg-maxima."""
+        logits, *beside = (None if x is None else x.index_select(0, which) for x in map(self._part, range(5)))
+        assert isinstance(logits, Tensor)
+        return Rows(logits, None, *beside, draft_head=self.draft_head)
+
     def _picked(self, which: list[int]) -> "Rows":
         best = None if self.best is None else tuple(self.best[i] for i in which)
 
@@ -179,21 +189,25 @@ class Rows:
                 return None
             return x[sent(which, x.device)] if isinstance(x, Tensor) else x[which]
 
-        beside = map(part, (self.logsumexp, self.best_logits, self.hidden))
-        return Rows(part(self.logits), best, *beside, draft_head=self.draft_head)
+        logits, *beside = (part(self._part(i)) for i in range(5))
+        return Rows(logits, best, *beside, draft_head=self.draft_head)
+
+    @property
+    def lie_on_device(self) -> bool:
+        """To look at them is to wait for a device."""
+        return self.best is None and self._beside[0].device.type != "cpu"
+
+    def best_probabilities(self) -> Tensor:
+        """Of each row's arg-max, as `probabilities` has them."""
+        if self.unread_best is not None and self.best_logits is not None and self.logsumexp is not None:
+            return (self.best_logits.float() - self.logsumexp.float()).exp().to(self.logits.dtype)
+        assert self.best is not None
+        return self.probabilities(self.best)
 
     def probabilities(self, tokens: Sequence[int] | Tensor) -> Tensor:
-        """[n] of one token a row, under the untempered distribution with the mask in it, in the model's dtype. Where the logits lie,
-        but on the host for the arg-maxima if they are known there."""
-        is_known = not isinstance(tokens, Tensor) and tuple(tokens) == self.best
-        if is_known and self.best_logits is not None and self.logsumexp is not None:
-            return (self.best_logits - self.logsumexp).exp().to(self.logits.dtype)
-        device = self.logits.device
-        chosen = self.logits.gather(-1, sent(tokens, device, torch.long)[:, None])[:, 0].float()
-        if self.logsumexp is not None and self.logsumexp.device == device:
-            total = self.logsumexp
-        else:
-            total = self.logits.float().logsumexp(dim=-1)
+        """[n] of one token a row, under the untempered distribution with the mask in it, where the logits lie and in their dtype."""
+        chosen = self.logits.gather(-1, sent(tokens, self.logits.device, torch.long)[:, None])[:, 0].float()
+        total = self.logits.float().logsumexp(dim=-1) if self.logsumexp is None else self.logsumexp.float()
         return (chosen - total).exp().to(self.logits.dtype)
 
 
@@ -348,8 +362,8 @@ class Decoder(Protocol):
 
     def absorb(
         self, generations: Sequence[Generation], steps: Sequence[Step], predictions: Sequence[Predictions]
-    ) -> list[Outcome]:
-        """What each of these forwards made final."""
+    ) -> Reading[list[Outcome]] | list[Outcome]:
+        """What each of these forwards made final. May yield tensors that it wants to read: those of all decoders are read at once."""
         ...
 
     def num_scratch(self, settings: Settings, traits: Traits) -> int:
@@ -364,7 +378,7 @@ class OneByOne:
         """The next forward that this generation needs."""
         raise NotImplementedError
 
-    def absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Outcome:
+    def absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Reading[Outcome] | Outcome:
         """What that forward made final."""
         raise NotImplementedError
 
@@ -373,5 +387,5 @@ class OneByOne:
 
     def absorb(
         self, generations: Sequence[Generation], steps: Sequence[Step], predictions: Sequence[Predictions]
-    ) -> list[Outcome]:
-        return [self.absorb_one(*each) for each in zip(generations, steps, predictions, strict=True)]
+    ) -> Reading[list[Outcome]]:
+        return together(map(self.absorb_one, generations, steps, predictions))

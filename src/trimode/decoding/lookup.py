@@ -8,10 +8,11 @@ as prompt lookup or n-gram speculation.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trimode.decoding.autoregressive import causal_step
+from trimode.decoding.autoregressive import causal_step, one_token
 from trimode.decoding.block_diffusion import length_of_block
 from trimode.decoding.interface import Generation, OneByOne, Outcome, Predictions, Step, Traits
-from trimode.decoding.self_speculation import Draft, absorb_verification, one_token, verify_step
+from trimode.decoding.reading import Reading
+from trimode.decoding.self_speculation import Draft, absorb_verification, verify_step
 from trimode.decoding.settings import Settings
 
 __all__ = ["LookupSelfSpeculation", "Match", "TextIndex"]
@@ -98,7 +99,7 @@ class LookupSelfSpeculation(OneByOne):
             g.canvas, g.state = match.drafts(g.final, count), Draft()
         return verify_step(g)
 
-    def absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Outcome:
+    def absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Reading[Outcome]:
         if g.state is None:
             return one_token(g, predictions.after, len(step.tokens))
         return absorb_verification(g, predictions.after)

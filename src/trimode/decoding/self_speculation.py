@@ -5,21 +5,24 @@ round. Quadratic (appendix C; 2511.08923): one forward checks a draft and at the
 check may end; 1 forward a round, B * (B + 1) inputs wide.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from trimode.decoding.autoregressive import causal_step
+from trimode.decoding.autoregressive import causal_step, one_token
 from trimode.decoding.block_diffusion import LONGEST_MIXED_PREFILL, block_step, length_of_block
-from trimode.decoding.interface import Generation, OneByOne, Outcome, Predictions, Rows, Step, Traits
+from trimode.decoding.interface import Generation, OneByOne, Outcome, Predictions, Rows, Step, TokenLogprob, Traits
+from trimode.decoding.reading import Reading
 from trimode.decoding.sampling import (
     adjusted,
     draft_tokens,
     fill_from_left,
     likeliest,
-    next_token,
-    token_logprobs,
+    logprob_tables,
+    told_logprobs,
+    unread_token,
     verify,
     verify_and_draft,
 )
@@ -33,7 +36,6 @@ __all__ = [
     "QuadraticSelfSpeculation",
     "absorb_verification",
     "drafts_adapt",
-    "one_token",
     "verify_step",
 ]
 
@@ -76,24 +78,20 @@ class LinearSelfSpeculation(OneByOne):
                 return _draft_after(g, length - 1)
         places = [i for i, token in enumerate(g.canvas) if token == mask]
         if places:
-            return block_step(g, "draft", g.canvas, places, g.traits.adapter_on_draft, takes_best=_takes_best(g))
+            return block_step(g, "draft", g.canvas, places, g.traits.adapter_on_draft)
         return verify_step(g)
 
-    def absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Outcome:
+    def absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Reading[Outcome]:
         if g.state is None:
-            return one_token(g, predictions.after, len(step.tokens))
+            return (yield from one_token(g, predictions.after, len(step.tokens)))
         draft: Draft = g.state
         if step.at:
-            _fill_draft(g, draft, predictions.at)
+            yield from _fill_draft(g, draft, predictions.at)
             return Outcome()
         if g.traits.mask_token_id in g.canvas:
             num_known = step.view.num_causal(len(step.tokens))
-            if not g.settings.threshold:
-                return _token_and_draft(g, predictions.after[:1], predictions.after[1:], num_known)
-            outcome = one_token(g, predictions.after[:1], num_known)
-            _fill_draft(g, draft, predictions.after[1:], *outcome.committed)
-            return outcome
-        outcome = absorb_verification(g, predictions.after)
+            return (yield from _token_and_draft(g, predictions.after[:1], predictions.after[1:], num_known))
+        outcome = yield from absorb_verification(g, predictions.after)
         g.lately_accepted += NEWS * ((outcome.accepted or 0) - g.lately_accepted)
         return outcome
 
@@ -116,22 +114,28 @@ def _length_of_draft(g: Generation) -> int:
     return min(length, 1 + round(g.lately_accepted + AHEAD)) if drafts_adapt(g) else length
 
 
-def _takes_best(g: Generation) -> bool:
-    """Whether arg-maxima are the drafts: a draft head goes on where the logits lie."""
-    return bool(g.settings.threshold) or not g.traits.has_draft_head or g.traits.adapter_on_draft == "none"
-
-
-def one_token(g: Generation, row: Rows, kept: int) -> Outcome:
-    """A step that ends with one token of the causal view, unless it is a draft's too."""
-    token = next_token(row, g)
-    return Outcome(committed=(token,), kept=kept, logprobs=token_logprobs((token,), row, g))
-
-
-def _token_and_draft(g: Generation, row: Rows, ahead: Rows, kept: int) -> Outcome:
+def _token_and_draft(g: Generation, row: Rows, ahead: Rows, kept: int) -> Reading[Outcome]:
     """A step that gives one token of the causal view, and drafts behind it."""
-    committed, g.canvas, q = verify_and_draft([], None, row, ahead, g)
-    g.state = Draft(q=q)
-    return Outcome(committed=tuple(committed), kept=kept, logprobs=token_logprobs(committed, row, g))
+    if g.settings.threshold:
+        return (yield from _token_and_sure_drafts(g, row, ahead, kept))
+    found = yield from verify_and_draft([], None, row, ahead, g)
+    g.canvas, g.state = found.drafts, Draft(q=found.q)
+    return Outcome(committed=tuple(found.committed), kept=kept, logprobs=found.logprobs)
+
+
+def _token_and_sure_drafts(g: Generation, row: Rows, ahead: Rows, kept: int) -> Reading[Outcome]:
+    """The same, where only sure drafts are taken."""
+    token = unread_token(row, g, g.final)
+    if isinstance(token, int) or g.constraint is not None:
+        outcome = yield from one_token(g, row, kept)
+        yield from _fill_draft(g, g.state, ahead, *outcome.committed)
+        return outcome
+    counts = None
+    if g.settings.has_penalty:
+        counts = torch.zeros(row.logits.shape[-1], device=token.device).index_fill(0, token, 1.0)
+    committed, taken, *tables = yield [token, _sure_drafts(g, ahead, [], counts), *logprob_tables(token, row, g)]
+    _take(g, taken)
+    return Outcome(committed=tuple(committed), kept=kept, logprobs=told_logprobs(committed, tables))
 
 
 def verify_step(g: Generation) -> Step:
@@ -140,21 +144,16 @@ def verify_step(g: Generation) -> Step:
     return Step(kind="verify", tokens=tokens, view=Causal(), after=tuple(range(len(tokens))))
 
 
-def absorb_verification(g: Generation, rows: Rows) -> Outcome:
+def absorb_verification(g: Generation, rows: Rows) -> Reading[Outcome]:
     """What such a step made of the draft. The bonus token is final but not cached: it leads the next one."""
-    committed = verify(g.canvas, g.state.q, rows, g)
+    committed, logprobs = yield from verify(g.canvas, g.state.q, rows, g)
     g.canvas, g.state = [], None
-    return _verified(g, committed, rows)
+    return _verified(committed, logprobs)
 
 
-def _verified(g: Generation, committed: list[int], rows: Rows) -> Outcome:
+def _verified(committed: list[int], logprobs: tuple[TokenLogprob, ...]) -> Outcome:
     """What a verification made final: the drafts that it accepted and one more."""
-    return Outcome(
-        committed=tuple(committed),
-        kept=len(committed),
-        accepted=len(committed) - 1,
-        logprobs=token_logprobs(committed, rows, g),
-    )
+    return Outcome(committed=tuple(committed), kept=len(committed), accepted=len(committed) - 1, logprobs=logprobs)
 
 
 def _draft_after(g: Generation, num_masks: int) -> Step:
@@ -168,38 +167,45 @@ def _draft_after(g: Generation, num_masks: int) -> Step:
         view=BlockOverCausal(len(known)),
         after=(len(known) - 1, *masks),
         adapted=() if g.traits.adapter_on_draft == "none" else masks,
-        takes_best=_takes_best(g),
     )
 
 
-def _fill_draft(g: Generation, draft: Draft, rows: Rows, *before: int) -> None:
+def _fill_draft(g: Generation, draft: Draft, rows: Rows, *before: int) -> Reading[None]:
     """Draft from the rows of the masked places; `before`: tokens that become final in this step and precede the canvas."""
-    mask = g.traits.mask_token_id
-    places = [i for i, token in enumerate(g.canvas) if token == mask]
     threshold = g.settings.threshold or 0.0
     if threshold == 0.0:
-        tokens, draft.q = draft_tokens(rows, g, *before)
-        g.canvas = tokens
-        return
-    if g.constraint is not None:
-        lead, _ = fill_from_left(rows.logits, g, [*g.final, *before, *g.canvas[: places[0]]], threshold)
-        g.canvas[places[0] : places[0] + len(lead)] = lead
-        return
+        g.canvas, draft.q = yield from draft_tokens(rows, g, *before)
+    elif g.constraint is not None:
+        first = g.canvas.index(g.traits.mask_token_id)
+        lead, _, _ = yield from fill_from_left(rows, g, [*g.final, *before, *g.canvas[:first]], threshold)
+        g.canvas[first : first + len(lead)] = lead
+    else:
+        (taken,) = yield [_sure_drafts(g, rows, before)]
+        _take(g, taken)
+
+
+def _sure_drafts(g: Generation, rows: Rows, before: Sequence[int], counts: Tensor | None = None) -> Tensor:
+    """Of each masked place the likeliest token, and whether it is sure enough to be taken now, unread. counts: of tokens before the
+    place that only the device knows."""
     # Several passes. Which places commit depends on the tokens drawn, so no q describes them: draft greedily and let the
     # verification treat each draft as certain, which is exact whatever the drafts are.
-    known = [token for token in g.canvas if token != mask]
-    history = [*g.final, *before, *known]
-    best, confidence = likeliest(rows, g, history)
+    history = [*g.final, *before, *(token for token in g.canvas if token != g.traits.mask_token_id)]
+    best, confidence = likeliest(rows, g, history, counts)
     candidates = Candidates(
         confidence=confidence,
-        scores=lambda: adjusted(rows.logits, g, history),
+        scores=lambda: adjusted(rows.logits, g, history, counts),
         quota=1,
-        threshold=threshold,
+        threshold=g.settings.threshold or 0.0,
         entropy_bound=0.0,
         random=g.random,
     )
-    taken = POLICIES["threshold"](candidates)
-    for place, (token, take) in zip(places, torch.stack((best, taken), dim=1).tolist(), strict=True):
+    return torch.stack((best, POLICIES["threshold"](candidates)), dim=1)
+
+
+def _take(g: Generation, taken: list[list[int]]) -> None:
+    """Put those on the canvas."""
+    places = [i for i, token in enumerate(g.canvas) if token == g.traits.mask_token_id]
+    for place, (token, take) in zip(places, taken, strict=True):
         if take:
             g.canvas[place] = token
 
@@ -239,20 +245,23 @@ class QuadraticSelfSpeculation(OneByOne):
             after=after,
             at=at,
             adapted=() if g.traits.adapter_on_draft == "none" else masks,
-            takes_best=_takes_best(g),
         )
 
-    def absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Outcome:
+    def absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Reading[Outcome]:
         num_known = step.view.num_causal(len(step.tokens))
         if num_known == len(step.tokens):
-            return one_token(g, predictions.after, num_known)
+            return (yield from one_token(g, predictions.after, num_known))
         num_verified = 1 if g.state is None else num_known
         drafts = predictions.after[num_verified:] if g.traits.first_is_exact else predictions.at
+        verified = predictions.after[:num_verified]
         if g.state is None:
-            return _token_and_draft(g, predictions.after[:1], drafts, num_known)
-        committed, g.canvas, q = verify_and_draft(g.canvas, g.state.q, predictions.after[:num_verified], drafts, g)
-        g.state = Draft(q=q)
-        return _verified(g, committed, predictions.after)
+            found = yield from verify_and_draft([], None, verified, drafts, g)
+            outcome = Outcome(committed=tuple(found.committed), kept=num_known, logprobs=found.logprobs)
+        else:
+            found = yield from verify_and_draft(g.canvas, g.state.q, verified, drafts, g)
+            outcome = _verified(found.committed, found.logprobs)
+        g.canvas, g.state = found.drafts, Draft(q=found.q)
+        return outcome
 
     def num_scratch(self, settings: Settings, traits: Traits) -> int:
         length = settings.block_length or traits.block_length

@@ -579,7 +579,6 @@ class LanguageModel:
             adapter_on_denoise="masks" if use and config.adapter_acts_on == "masks" else "none",
             # a checkpoint as published drafts blocks of the length that it was trained for
             drafts_adapt=first_is_exact and self.forward.device.type == "cpu",
-            has_draft_head=self.forward.draft_head is not None,
         )
 
     # ---- filling in -------------------------------------------------------------------------------------------------------

@@ -16,12 +16,6 @@ from trimode.model.forward import Cache, Forward, Inputs
 __all__ = ["Runner"]
 
 
-def _wants_best(g: Generation, step: Step) -> bool:
-    """Whether arg-maxima tell this generation what it asks."""
-    s = g.settings
-    return step.takes_best and not (s.temperature > 0 or s.has_penalty or s.logit_bias or g.constraint is not None)
-
-
 class Runner:
     """One model and one cache; each generation has a slot of it."""
 
@@ -68,7 +62,6 @@ class Runner:
             spans=spans,
             adapted=adapted,
             asked=asked,
-            wants_best=any(map(_wants_best, generations, steps)),
         )
         begun = time.perf_counter()
         rows = Rows(*self._forward(inputs, self._cache).answers(0, len(asked)))

@@ -35,11 +35,13 @@ class Answers(NamedTuple):
     logits: Tensor
     """[n, V] in the model's dtype"""
     best: tuple[int, ...] | None = None
-    """The arg-max of each row, the mask token left out; None where nobody looked."""
+    """The arg-max of each row, the mask token left out, where the host knows it."""
     logsumexp: Tensor | None = None
-    """[n] float32; None where nobody looked."""
+    """[n] where the logits lie; None where nobody looked."""
+    unread_best: Tensor | None = None
+    """[n] ids: the arg-maxima where the logits lie, not read yet; None where nobody looked."""
     best_logits: Tensor | None = None
-    """[n] float32, on the host: those of `best`; None where nobody looked."""
+    """[n] Those of `unread_best`."""
     hidden: Any = None
     """[n, D] The hidden states themselves, where a draft head may want them, as it takes them."""
     draft_head: Any = None
@@ -219,7 +221,6 @@ class TorchScores:
         self._forward = forward
         # while somebody may read the logits, nobody else's forward may use the memory where they lie
         self._cache = cache
-        self._wants_best = inputs.wants_best
         self._hidden = hidden
         self._logits = logits
         self._numbers = numbers
@@ -230,16 +231,14 @@ class TorchScores:
         forward = self._forward
         hidden = None if forward.draft_head is None else self._hidden[start:stop]
         answers = Answers(logits, hidden=hidden, draft_head=forward.draft_head)
-        if forward.capture is None or start == stop or not self._wants_best:
+        if forward.capture is None or start == stop:
             return answers
         if self._numbers is not None:
             numbers = self._numbers[:, start:stop]
         else:
-            found = torch.empty(3, len(logits), dtype=torch.float64, device=logits.device)
-            find_best(logits, forward.config.mask_token_id, found)
-            numbers = forward.capture.fetch(found)
-        best = tuple(int(token) for token in numbers[0].tolist())
-        return answers._replace(best=best, logsumexp=numbers[2].float(), best_logits=numbers[1].float())
+            numbers = torch.empty(3, len(logits), dtype=torch.float64, device=logits.device)
+            find_best(logits, forward.config.mask_token_id, numbers)
+        return answers._replace(logsumexp=numbers[2], unread_best=numbers[0].long(), best_logits=numbers[1])
 
     @torch.inference_mode()
     def logits(self, start: int, stop: int) -> Tensor:

@@ -47,10 +47,7 @@ Run = Callable[[], None]
 
 @runtime_checkable
 class Capture(Protocol):
-    """What a device does for graphs, and the only place where host and device meet."""
-
-    num_fetches: int
-    """Copies to the host so far, each of which waits for the device. Decoders may read more (`tests/model/test_waits.py`)."""
+    """What a device does for graphs. Nothing is waited for here: what was found is read by whoever decodes (`decoding.reading`)."""
 
     def capture(self, function: Run, static: Static) -> Run:
         """Run a function of static tensors and return what repeats it on the same memory."""
@@ -72,16 +69,11 @@ class Capture(Protocol):
         """One copy to the device."""
         ...
 
-    def fetch(self, source: Tensor) -> Tensor:
-        """One copy to the host, which waits for it."""
-        ...
-
 
 class CudaCapture:
     """CUDA graphs in one memory pool, which they may share because they run one after the other."""
 
     def __init__(self, device: torch.device) -> None:
-        self.num_fetches = 0
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
         self._side = torch.cuda.Stream(device)
@@ -134,16 +126,11 @@ class CudaCapture:
         target.copy_(source, non_blocking=True)
         self._sent.record(torch.cuda.current_stream(self._device))
 
-    def fetch(self, source: Tensor) -> Tensor:
-        self.num_fetches += 1
-        return source.cpu()
-
 
 class Rehearsal:
     """Stands in for a GPU: replays a function by calling it again, and insists that all it touches still lies where it lay."""
 
     def __init__(self) -> None:
-        self.num_fetches = 0
         self.num_captures = 0
 
     def capture(self, function: Run, static: Static) -> Run:
@@ -170,10 +157,6 @@ class Rehearsal:
 
     def send(self, source: Tensor, target: Tensor) -> None:
         target.copy_(source)
-
-    def fetch(self, source: Tensor) -> Tensor:
-        self.num_fetches += 1
-        return source.clone()
 
 
 class Graphs:
@@ -294,8 +277,8 @@ class StaticForward:
         self._found: dict[int, Found] = {}
 
     def __call__(self, inputs: Inputs, cache: KeyValueCache) -> Found | None:
-        """What was found of the n inputs that are asked for, valid until the next forward, its numbers on the host. None: too wide
-        a step, which nothing was done for."""
+        """What was found of the n inputs that are asked for, valid until the next forward. None: too wide a step, which nothing was
+        done for."""
         shape = self._shape(inputs, cache)
         if shape is None:
             return None
@@ -310,10 +293,7 @@ class StaticForward:
         compiled = partial(self._run_compiled, *given) if self._compiles else None
         self.graphs.run(shape, partial(run_static, *given), static, compiled=compiled)
         found = static.found
-        # nobody asked: nobody waits
-        wanted = num_asked and inputs.wants_best
-        numbers = self._capture.fetch(found.numbers) if wanted else torch.empty(3, 0, dtype=torch.float64)
-        return Found(found.hidden[:num_asked], found.logits[:num_asked], numbers[:, :num_asked])
+        return Found(found.hidden[:num_asked], found.logits[:num_asked], found.numbers[:, :num_asked])
 
     def is_captured(self, inputs: Inputs, cache: KeyValueCache) -> bool:
         """Whether a step like this one replays a graph now."""

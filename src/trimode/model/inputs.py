@@ -20,5 +20,3 @@ class Inputs:
     """Inputs that the adapter acts on."""
     asked: Sequence[int] = ()
     """Inputs whose logits are wanted, in this order."""
-    wants_best: bool = True
-    """Whether anybody wants to know the likeliest tokens. To tell them, a device has to be waited for."""

@@ -328,7 +328,7 @@ class NativeForward:
     def _answers(self, hidden: np.ndarray, room: _Room, best: list[int]) -> Answers:
         if self.draft_head is None:
             return Answers(room.logits, tuple(best), room.logsumexp)
-        return Answers(room.logits, tuple(best), room.logsumexp, None, hidden, self)
+        return Answers(room.logits, tuple(best), room.logsumexp, hidden=hidden, draft_head=self)
 
     @property
     def draft_head(self) -> "NativeForward | None":
@@ -371,12 +371,15 @@ class NativeScores:
             return self._forward.head(self._hidden[start:stop])
         if start == 0 and stop == len(self._hidden):
             return self._found
-        logits, best, logsumexp, _, hidden, draft_head = self._found
-        assert best is not None
-        assert logsumexp is not None
+        found = self._found
+        assert found.best is not None
+        assert found.logsumexp is not None
         own = slice(start, stop)
-        return Answers(
-            logits[own], best[own], logsumexp[own], None, None if hidden is None else hidden[own], draft_head
+        return found._replace(
+            logits=found.logits[own],
+            best=found.best[own],
+            logsumexp=found.logsumexp[own],
+            hidden=None if found.hidden is None else found.hidden[own],
         )
 
     def logits(self, start: int, stop: int) -> Tensor:
