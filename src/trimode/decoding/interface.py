@@ -169,6 +169,8 @@ class Rows:
             which = slice(which[0], which[-1] + 1) if which else slice(0, 0)
         start, stop, step = which.indices(len(self))
         assert step == 1
+        if stop - start == len(self):
+            return self
         begin = 0 if self._cut is None else self._cut.start
         part = Rows(self._beside[0], None if self.best is None else self.best[which], draft_head=self.draft_head)
         part._beside = self._beside

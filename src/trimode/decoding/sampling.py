@@ -223,16 +223,17 @@ def draft_tokens(rows: Rows, generation: Generation, *before: int) -> Reading[tu
     head = _draft_head(rows, generation)
     if _is_plain(generation) and head is None and rows.best is not None:
         return list(rows.best), None
-    history = [*generation.final, *before]
+    last = before[-1] if before else generation.final[-1]
     if _is_plain(generation) and head is not None and not rows.lie_on_device:
-        return head.draft(rows.hidden, rows.logits, history[-1])[0], None
+        return head.draft(rows.hidden, rows.logits, last)[0], None
+    history = [*generation.final, *before]
     # on a CPU few tokens are looked at sooner than a whole vocabulary's counts
     if generation.constraint is not None or (
         head is not None and generation.settings.has_penalty and not rows.lie_on_device
     ):
         return (yield from _draft_in_order(rows, head, generation, history))
     u = uniform(generation, len(rows)) if generation.settings.temperature > 0 else None
-    tokens, q = _drafted(rows, head, generation, history, history[-1], u)
+    tokens, q = _drafted(rows, head, generation, history, last, u)
     (drafts,) = yield [tokens]
     return drafts, q
 
@@ -443,18 +444,19 @@ def verify(
     if rows.lie_on_device if at_once is None else at_once:
         found = yield from _verified_there(drafts, q, rows, rows[:0], generation)
         return found.committed, found.logprobs
-    committed = []
+    history = list(generation.final)
+    start = len(history)
     for i in range(len(drafts) + 1):
         draft = drafts[i] if i < len(drafts) else None
-        history = [*generation.final, *committed]
         if settings.temperature == 0 or draft is None or forced_token(generation, history) is not None:
             token = int(unread_token(rows[i : i + 1], generation, history))
         else:
             p = truncated_distribution(scores_after(rows.logits[i : i + 1], generation, history), settings)[0]
             token = _accept_or_redraw(draft, p, None if q is None else q[i], generation)
-        committed.append(token)
+        history.append(token)
         if token != draft:
             break
+    committed = history[start:]
     return committed, (yield from token_logprobs(committed, rows, generation))
 
 
