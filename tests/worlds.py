@@ -91,13 +91,15 @@ def random_lora(
     return Lora(factors, scale, successor=after)
 
 
-def tiny_model(seed: int = 0, *, lora: Lora | None = None, attention="sdpa", weight_scale: float = 0.35, **changes):
+def tiny_model(
+    seed: int = 0, *, lora: Lora | None = None, attention="sdpa", weight_scale: float = 0.35, ngrams=None, **changes
+):
     """A LanguageModel without a tokenizer."""
     from trimode.engine.language_model import LanguageModel
 
     config = tiny_config(**changes)
     transformer = random_transformer(config, seed, scale=weight_scale)
-    return LanguageModel("tiny", transformer, adapter=lora, attention=attention)
+    return LanguageModel("tiny", transformer, adapter=lora, attention=attention, ngrams=ngrams)
 
 
 def native_forward(config, tensors, *, precision="float32", lora=None, threads=1, kernels=None):
@@ -155,7 +157,7 @@ class AnyChoice:
         self._random = random.Random(seed)
         self.notes = []
 
-    def choose(self, g, num_sharing, match):
+    def choose(self, g, num_sharing, suggest):
         return self._random.choice(CHOICES)
 
     def note(self, g, num_drafted, num_accepted):

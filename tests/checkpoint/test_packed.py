@@ -17,6 +17,7 @@ from trimode.checkpoint.stored import StoredTensor
 from trimode.device import has_tiles
 from trimode.errors import CheckpointError, SettingError, UnsupportedModelError
 from trimode.model import native
+from trimode.text.ngrams import count_ngrams
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native engine was not built")
 
@@ -35,7 +36,8 @@ def base(tmp_path_factory):
     fingerprint = open_checkpoint(directory).fingerprint()
     shutil.rmtree(directory)
     extra = {"trimode": {"base_fingerprint": fingerprint}}
-    save_checkpoint(directory, CONFIG, tensors, adapter=random_lora(CONFIG), adapter_extra=extra)
+    ngrams = count_ngrams([([5, 6, 7, 8], 1)] * 3, CONFIG.vocab_size)
+    save_checkpoint(directory, CONFIG, tensors, adapter=random_lora(CONFIG), adapter_extra=extra, ngrams=ngrams)
     return directory
 
 
@@ -63,7 +65,7 @@ def test_the_command_writes_what_save_writes(base, packed, tmp_path, capsys):
 
     assert run(["convert", str(base), "--quantize", "int8", "--output", str(tmp_path / "other"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["checkpoint"] == str(tmp_path / "other")
-    for name in ("model.safetensors", "config.json", "linear_spec_lora/adapter_config.json"):
+    for name in ("model.safetensors", "config.json", "ngrams.safetensors", "linear_spec_lora/adapter_config.json"):
         assert (tmp_path / "other" / name).read_bytes() == (packed / name).read_bytes()
     again = ["convert", str(base), "--quantize", "int8", "--output", str(tmp_path / "other")]
     assert run(again) == 2

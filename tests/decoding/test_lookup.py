@@ -5,8 +5,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.worlds import tiny_model
-from trimode.decoding.lookup import LONGEST, MOST_PLACES, SHORTEST, Match, TextIndex
+from trimode.decoding.lookup import (
+    GOES_ON,
+    LIKELY,
+    LONGEST,
+    MOST_PLACES,
+    SHORTEST,
+    LookupSelfSpeculation,
+    Match,
+    TextIndex,
+)
 from trimode.errors import SettingError
+from trimode.text.ngrams import count_ngrams
 
 
 def found_by_reading(text):
@@ -44,6 +54,66 @@ def test_an_answer_that_repeats_itself_takes_fewer_forwards_and_is_the_same():
     one = model.generate([5, 6], mode="self_spec", self_spec_kind="lookup", block_length=1, **kwargs)
     assert one.token_ids == ar.token_ids
     assert one.stats.nfe_decode == ar.stats.nfe_decode
+
+
+def suggested(prompt, texts, most=4, max_new_tokens=20):
+    """What is suggested behind a prompt that was read up to its last token."""
+    ngrams = None if texts is None else count_ngrams([(text, 0) for text in texts], 40)
+    g = tiny_model(1).open_answer(prompt, {"mode": "self_spec", "max_new_tokens": max_new_tokens}).generation
+    g.cached = len(prompt) - 1
+    assert LookupSelfSpeculation(ngrams).suggest(g, most) is None  # the prompt is not read yet
+    g.final.append(prompt[-1])
+    g.cached += 1
+    return LookupSelfSpeculation(ngrams).suggest(g, most)
+
+
+OFTEN = [[20, 21, 22, 23, 24]] * 400
+"""A table that is sure."""
+
+
+def test_without_a_table_the_text_alone_suggests():
+    assert suggested([5, 6, 7, 8], None) is None
+    found = suggested([5, 6, 6, 7, 8, 5, 6], None)
+    assert (found.tokens, found.length) == ((7, 8, 5, 6), 3)
+    assert found.chances == (LIKELY[3], GOES_ON, GOES_ON, GOES_ON)
+
+
+def test_a_table_speaks_where_the_text_does_not_and_goes_on_behind_what_it_quotes():
+    found = suggested([5, 20], [*OFTEN, [20, 20, 21, 22]], most=9)
+    assert found.length == 0
+    assert found.tokens[:2] == (21, 22)
+    assert all(0 < chance <= 1 for chance in found.chances)
+    # "9 20" was followed by "20" here, and no table knows better
+    behind = suggested([9, 9, 20, 9], OFTEN, most=9)
+    assert behind.tokens[:2] == (20, 9)
+    assert behind.length == 2
+    assert suggested([5, 6], OFTEN) is None
+
+
+def test_a_table_that_is_surer_than_the_text_is_believed():
+    found = suggested([20, 21, 30, 20], [*OFTEN, [20, 20, 21]], most=3)  # ends with 20 20: nothing to quote
+    assert found.length == 0
+    text = [21, 22, 30, 31, 21, 22]  # the text went on with 30, the table says 23
+    g = tiny_model(1).open_answer(text, {"mode": "self_spec", "max_new_tokens": 20}).generation
+    g.final.append(22)
+    g.final[-2:] = [21, 22]
+    g.cached = len(g.final) - 1
+    both = LookupSelfSpeculation(count_ngrams([(one, 0) for one in OFTEN], 40)).suggest(g, 3)
+    assert both.tokens[:2] == (23, 24)
+    assert both.length == 0
+
+
+def test_fewer_tokens_than_were_found_are_the_first_of_them_and_are_not_looked_for_again():
+    lookup = LookupSelfSpeculation()
+    g = tiny_model(1).open_answer([5, 6, 7, 8, 5], {"mode": "self_spec", "max_new_tokens": 20}).generation
+    g.final.append(6)
+    g.cached = len(g.final) - 1
+    found = lookup.suggest(g, 6)
+    assert len(found.tokens) == 6
+    assert lookup.suggest(g, 2) == found.first(2)
+    assert lookup.suggest(g, 6) is found
+    assert lookup.suggest(g, 0) is None
+    assert len(lookup.suggest(g, 9).tokens) == 9
 
 
 def test_knobs_that_a_lookup_has_no_use_for_are_refused():

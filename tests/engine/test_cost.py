@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.worlds import AnyChoice, random_lora, tiny_model
 from trimode.decoding.auto import Auto
 from trimode.decoding.interface import Choice
-from trimode.decoding.lookup import Match
+from trimode.decoding.lookup import GOES_ON, LIKELY, Suggestion
 from trimode.engine import cost
 from trimode.engine.cost import (
     ENOUGH,
@@ -19,6 +19,7 @@ from trimode.engine.cost import (
     CostTable,
     LatelySeen,
     MeasuredChooser,
+    Trust,
     cost_table,
     kept_table,
     measure_cost,
@@ -32,11 +33,11 @@ BENT = CostTable(num_inputs=(1, 8, 128), causal_s=(1.0, 1.1, 16.0), drafting_s=(
 ASKED = tiny_model(3)
 
 
-def not_looked_up(g):
+def not_looked_up(g, most):
     raise AssertionError("a match is looked for")
 
 
-def nothing(g):
+def nothing(g, most):
     """No text suggests anything."""
 
 
@@ -117,8 +118,7 @@ def test_where_not_even_drafts_that_are_all_right_pay_nothing_is_weighed(seconds
     choice, _ = chooser._best(Acceptance(1.0), None, num_sharing, 0)
     g = ASKED.open_answer([5], {"mode": "self_spec"}).generation
     request = chooser._of(g)
-    request.quoted[4] = chooser._quoted[4] = Acceptance(1.0)
-    quoted = chooser._best_quote(request, Match(4, 1), num_sharing, 0)[1]
+    quoted = chooser._best_quote(request, Suggestion((9,) * 15, (1.0,) * 15, 4), num_sharing, 0)[1]
     if chooser._is_crowd(num_sharing):
         assert choice == Choice("ar")
         assert quoted <= ENOUGH / table.seconds(False, num_sharing) + 1e-9
@@ -171,7 +171,7 @@ def test_forwards_of_others_and_prompts_are_no_measure_and_all_others_are(monkey
     noted = []
 
     class Noting(AnyChoice):
-        def choose(self, g, num_sharing, match):
+        def choose(self, g, num_sharing, suggest):
             return Choice("ar")
 
         def note_cost(self, drafting, num_inputs, context, seconds):
@@ -390,14 +390,18 @@ def test_forwards_that_take_long_are_measured_fewer_times(monkeypatch, size_s, t
     assert counted.num == 1 + times * kinds * len(table.num_inputs) + position
 
 
-MATCH = Match(3, 1)
+def suggestion(length):
+    return Suggestion((9,) * 15, (LIKELY[length], *[GOES_ON] * 14), length)
+
+
+MATCH = suggestion(3)
 
 
 def rounds(chooser, g, num, accept, match=MATCH):
     """Choices of so many rounds in which the text always suggests something; accept: of how many drafts how many."""
     choices = []
     for _ in range(num):
-        g.choice = chooser.choose(g, 1, lambda g: match)
+        g.choice = chooser.choose(g, 1, lambda g, most: match)
         choices.append(g.choice)
         if g.choice.kind != "ar":
             drafted = g.choice.block_length - 1
@@ -415,9 +419,33 @@ def test_what_the_text_suggests_is_verified_while_it_is_right_and_forwards_are_c
     wrong = rounds(chooser, g, 200, accept=0)
     assert {choice.kind for choice in wrong[-50:]} == {"ar"}
     # matches of another length are another matter, and another text is given its chance
-    assert rounds(chooser, g, 1, accept=0, match=Match(2, 1))[0].block_length > 2
+    assert rounds(chooser, g, 1, accept=0, match=suggestion(2))[0].block_length > 2
     other = tiny_model(3).open_answer([5], {"mode": "self_spec"}).generation
     assert {choice.kind for choice in rounds(chooser, other, 40, accept=99)[-10:]} == {"lookup"}
+
+
+def test_a_suggestion_is_verified_as_far_as_its_chances_pay():
+    flat_then_steep = CostTable(num_inputs=(1, 4, 128), causal_s=(1.0, 1.1, 60.0), drafting_s=(9.0, 9.0, 90.0))
+    chooser = MeasuredChooser(flat_then_steep, has_adapter=True, first_is_exact=False)
+    g = tiny_model(3).open_answer([5], {"mode": "self_spec"}).generation
+    lengths = []
+    for chances in ((0.9, 0.9, 0.9), (0.9, 0.01, 0.9), (0.01,), (0.9,) * 15):
+        choice = chooser.choose(g, 1, lambda g, most, own=chances: Suggestion((9,) * len(own), own, 0))
+        lengths.append(choice.block_length if choice.kind == "lookup" else 1)
+    assert lengths == [4, 2, 1, 4]
+
+
+def test_trust_is_how_much_more_often_suggestions_are_right_than_they_say():
+    trust = Trust()
+    assert trust.factor(True) == trust.factor(False) == 1.0
+    assert trust.factor(True, prior=0.7) == pytest.approx(0.7)
+    for _ in range(300):
+        trust.note([0.5, 0.5, 0.5], 1)  # the first one always, the second never; the third is never looked at
+    assert trust.factor(True) == pytest.approx(2.0, abs=0.2)
+    assert trust.factor(False) == pytest.approx(0.0, abs=0.2)
+    for _ in range(300):
+        trust.note([0.5, 0.5], 0)
+    assert trust.factor(True) == pytest.approx(0.0, abs=0.2)
 
 
 def test_where_every_input_costs_as_much_as_a_forward_nothing_is_looked_up():

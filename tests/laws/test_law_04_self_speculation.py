@@ -13,6 +13,7 @@ from trimode.decoding.interface import Rows
 from trimode.decoding.reading import read
 from trimode.decoding.sampling import adjusted, pick, truncated_distribution, uniform, verify
 from trimode.engine.request import Request
+from trimode.text.ngrams import count_ngrams
 
 
 class OddBehindEven:
@@ -182,11 +183,18 @@ def test_sampled_self_speculation_has_the_autoregressive_distribution(kind, trun
     ),
     budget=st.sampled_from([None, 0, 3]),
     weight_scale=st.sampled_from([0.05, 0.1]),
+    table=st.one_of(st.none(), st.integers(0, 9)),
 )
 def test_greedy_lookups_in_texts_that_repeat_themselves_equal_greedy_autoregression(
-    seed, prompt, block_length, max_new_tokens, common, budget, weight_scale
+    seed, prompt, block_length, max_new_tokens, common, budget, weight_scale, table
 ):
-    model = tiny_model(seed, weight_scale=weight_scale)
+    """Whatever a table of n-grams says beside them."""
+    ngrams = None
+    if table is not None:
+        said = tiny_model(seed, weight_scale=weight_scale).generate([8 + table % 4], max_new_tokens=30, mode="ar")
+        random_texts = torch.randint(0, 40, (5, 20), generator=torch.Generator().manual_seed(table)).tolist()
+        ngrams = count_ngrams([(text, 0) for text in (said.token_ids, *random_texts)], 40)
+    model = tiny_model(seed, weight_scale=weight_scale, ngrams=ngrams)
     knobs = {"max_new_tokens": max_new_tokens, "logprobs": 2, **common}
     if budget is not None:
         knobs |= {"max_thinking_tokens": budget, "end_think_token_id": 7}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -18,6 +19,7 @@ from trimode.checkpoint import open_checkpoint, save_checkpoint
 from trimode.cli.app import run as program
 from trimode.cli.train import run
 from trimode.errors import MissingMaskTokenError, SettingError, TrainingError
+from trimode.text.ngrams import count_ngrams
 from trimode.training.convert import choose_mask, make_objective
 from trimode.training.memory import num_trained, training_memory
 from trimode.training.recipe import make_recipe, read_recipe
@@ -105,6 +107,11 @@ def test_one_command_converts_a_base_and_continues_where_it_was(world, tmp_path,
         out = model.generate([5, 6, 7], mode="self_spec", self_spec_kind=kind, max_new_tokens=20)
         assert out.token_ids == ar.token_ids
     assert model.generate([5, 6, 7], mode="diffusion", max_new_tokens=20).token_ids
+    # what the documents say is drafted without a forward
+    documents = [json.loads(line) for line in (world / "answers.jsonl").read_text().splitlines()]
+    texts = [([*d["prompt_ids"], *d["answer_ids"]][:64], len(d["prompt_ids"])) for d in documents]
+    counted = count_ngrams(texts, model.config.vocab_size)
+    assert open_checkpoint(tmp_path / "new").ngrams().slots.tolist() == counted.slots.tolist()
     assert program(command) == 0  # it is there already
     out, err = capsys.readouterr()
     assert "is finished" in err
@@ -144,6 +151,41 @@ def test_a_converted_checkpoint_appears_whole_in_whatever_folder_is_there(world,
     monkeypatch.chdir(tmp_path / "here")
     assert program([*command, "-o", "."]) == 0
     assert trimode.load(tmp_path / "here").generate([5, 6], mode="self_spec", max_new_tokens=2).token_ids
+
+
+def test_one_command_counts_what_a_model_says_into_its_directory(world, tmp_path, capsys):  # noqa: F811
+    home = tmp_path / "model"
+    shutil.copytree(world / "base", home)
+    answers = world / "answers.jsonl"
+    command = ["ngrams", str(answers), "--model", str(home)]
+    assert open_checkpoint(home).ngrams() is None
+    assert program([*command, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    table = open_checkpoint(home).ngrams()
+    assert (told["contexts"], told["output"]) == (table.num_contexts, str(home / "ngrams.safetensors"))
+    # answers that were counted are drafted from the table
+    first = json.loads(answers.read_text().splitlines()[0])["prompt_ids"]
+    plain, drafting = trimode.load(world / "base", dtype="float32"), trimode.load(home, dtype="float32")
+    kwargs = {"mode": "self_spec", "self_spec_kind": "lookup", "max_new_tokens": 12, "block_length": 4}
+    ar = plain.generate(first, mode="ar", max_new_tokens=12)
+    out = drafting.generate(first, **kwargs)
+    assert out.token_ids == ar.token_ids
+    assert out.stats.nfe_decode < plain.generate(first, **kwargs).stats.nfe_decode
+    # it goes where the model goes
+    drafting.save(tmp_path / "saved")
+    assert open_checkpoint(tmp_path / "saved").ngrams().slots.tolist() == table.slots.tolist()
+    # lines that hold nothing are left out; the last file replaces the first
+    (tmp_path / "few.jsonl").write_text('{"prompt_ids": [5], "answer_ids": [6, 7, 8]}\n{"nothing": 1}\n')
+    assert program(["ngrams", str(tmp_path / "few.jsonl"), "--model", str(home)]) == 0
+    assert "1 lines skipped; the first: line 2" in capsys.readouterr().err
+    assert open_checkpoint(home).ngrams().num_contexts < table.num_contexts
+    for bad, fault in (
+        (["ngrams", str(tmp_path / "none.jsonl"), "--model", str(home)], "There is no file"),
+        (["ngrams", str(answers), "--model", str(home), "--max-tokens", "x"], "--max-tokens"),
+        (["ngrams", str(answers), "--model", str(home), "-o", str(tmp_path / "no" / "x")], "Cannot write"),
+    ):
+        assert program(bad) == 2
+        assert fault in capsys.readouterr().err
 
 
 class _Words:

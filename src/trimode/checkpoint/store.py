@@ -27,6 +27,7 @@ from trimode.checkpoint.config_files import (
 from trimode.checkpoint.fingerprint import base_fingerprint, same_base
 from trimode.checkpoint.gguf_files import gguf_config, read_gguf
 from trimode.checkpoint.names import bare_name, check_tensors, exported_name, gguf_name, layout
+from trimode.checkpoint.ngram_files import NGRAMS, read_ngrams, save_ngrams
 from trimode.checkpoint.packed_files import FORMAT, PackedFile, kind_of, open_packed, packed_bytes, write_packed
 from trimode.checkpoint.presets import PRESETS, find_preset_file, preset_facts
 from trimode.checkpoint.safetensors_files import INDEX, SINGLE, read_directory, read_json
@@ -36,6 +37,7 @@ from trimode.checkpoint.tuning_files import GENERATION, read_auto
 from trimode.device import has_tiles
 from trimode.errors import CheckpointError, CheckpointNotFoundError, nearest
 from trimode.model.config import ModelConfig
+from trimode.text.ngrams import NgramTable
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +52,7 @@ ADAPTER = "linear_spec_lora"
 """The directory of the drafter's adapter inside a checkpoint."""
 
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
-_HUB_FILES = ["*.json", "*.jinja", "model*.safetensors", f"{ADAPTER}/*"]
+_HUB_FILES = ["*.json", "*.jinja", "model*.safetensors", NGRAMS, f"{ADAPTER}/*"]
 """What is fetched. Some repositories hold the weights a second time under another name."""
 
 _DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float32"}
@@ -84,6 +86,8 @@ class Checkpoint:
     packed: PackedFile | None = field(default=None, repr=False)
     """Weights in the native engine's own format; None for others."""
     stored_adapter: StoredAdapter | None = field(default=None, repr=False)
+    ngrams_path: Path | None = None
+    """Where a table of what the model tends to say lies, or would; None for a GGUF file."""
 
     def tensors(self, *, dtype: "torch.dtype", device: "torch.device | str" = "cpu") -> "Iterator[tuple[str, Tensor]]":
         """Every parameter by trimode's name, one at a time, the embedding first.
@@ -114,6 +118,10 @@ class Checkpoint:
                 "Use the base that it belongs to, or train one for this base with trimode convert."
             )
         return adapter.read()
+
+    def ngrams(self) -> NgramTable | None:
+        """What the model tends to say, if somebody counted it."""
+        return None if self.ngrams_path is None else read_ngrams(self.ngrams_path, self.config.vocab_size)
 
     def tokenizer(self) -> "Tokenizer | None":
         """The checkpoint's own, if it brings one."""
@@ -174,6 +182,7 @@ def _open_directory(name: str, path: Path) -> Checkpoint:
         stored=stored,
         packed=packed,
         stored_adapter=adapter,
+        ngrams_path=path / NGRAMS,
     )
 
 
@@ -212,6 +221,7 @@ def _open_preset(name: str) -> Checkpoint:
         gguf_metadata=plain.gguf_metadata,
         stored=plain.stored,
         stored_adapter=adapter,
+        ngrams_path=directory / NGRAMS,
     )
 
 
@@ -306,6 +316,7 @@ def save_checkpoint(
     adapter: "Lora | None" = None,
     adapter_extra: Mapping[str, Any] | None = None,
     tokenizer: "Tokenizer | None" = None,
+    ngrams: NgramTable | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Write a Hugging Face directory from tensors by trimode's names, in any order, each in the dtype it has.
@@ -322,6 +333,8 @@ def save_checkpoint(
             save_adapter(draft / ADAPTER, config, adapter, extra=adapter_extra)
         if tokenizer is not None:
             tokenizer.save(draft)
+        if ngrams is not None:
+            save_ngrams(draft / NGRAMS, ngrams)
 
 
 def save_packed_checkpoint(
@@ -331,9 +344,10 @@ def save_packed_checkpoint(
     *,
     adapter: "Lora | None" = None,
     tokenizer: "Tokenizer | None" = None,
+    ngrams: NgramTable | None = None,
 ) -> None:
-    """Write a checkpoint anew, its weights packed as `packing.packed_weights` gives them; `adapter` and `tokenizer` are its own,
-    read. Raises CheckpointError if the directory holds something already."""
+    """Write a checkpoint anew, its weights packed as `packing.packed_weights` gives them; `adapter`, `tokenizer` and `ngrams` are
+    its own, read. Raises CheckpointError if the directory holds something already."""
     config = checkpoint.config
     check_config(config, where="the config")
     base = checkpoint.fingerprint()
@@ -348,6 +362,8 @@ def save_packed_checkpoint(
             save_adapter(draft / ADAPTER, config, adapter, extra={"trimode": {**facts, "base_fingerprint": base}})
         if tokenizer is not None:
             tokenizer.save(draft)
+        if ngrams is not None:
+            save_ngrams(draft / NGRAMS, ngrams)
 
 
 @contextmanager

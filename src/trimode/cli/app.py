@@ -21,6 +21,7 @@ from trimode.cli import (
     eval,
     generate,
     info,
+    ngrams,
     screen,
     serve,
     sol,
@@ -59,6 +60,7 @@ app.command("sol", cls=HelpfulCommand)(sol.sol)
 app.command("tune", cls=HelpfulCommand)(tune.tune)
 app.command("trace", cls=HelpfulCommand)(trace.trace)
 app.command("distill", cls=HelpfulCommand)(distill.distill)
+app.command("ngrams", cls=HelpfulCommand)(ngrams.ngrams)
 app.command("train", cls=HelpfulCommand)(train.train)
 
 

@@ -137,7 +137,8 @@ def convert(
     if not screen.is_first_rank():
         return
     (run / MADE).write_text(jsonlib.dumps(made), encoding="utf-8")
-    write_converted(target, run, recipe, checkpoint)
+    documents = [document for source, _ in train.read_sources(recipe, checkpoint) for document in source]
+    write_converted(target, run, recipe, checkpoint, documents)
     summary = {
         "checkpoint": str(target),
         "mask_token_id": mask,
@@ -191,7 +192,9 @@ def _quantized(base: str, target: Path, quantize: str, idle: list[str], *, json:
     if checkpoint.packed is not None:
         raise SettingError(f"{base} is in int8 already. Copy the directory.")
     weights, tokenizer = packed_weights(checkpoint, "int8"), checkpoint.tokenizer()
-    save_packed_checkpoint(target, checkpoint, weights, adapter=checkpoint.adapter(), tokenizer=tokenizer)
+    save_packed_checkpoint(
+        target, checkpoint, weights, adapter=checkpoint.adapter(), tokenizer=tokenizer, ngrams=checkpoint.ngrams()
+    )
     num_bytes = (target / "model.safetensors").stat().st_size
     if json:
         screen.print_json({"checkpoint": str(target), "weight_bytes": num_bytes})

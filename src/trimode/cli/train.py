@@ -133,6 +133,14 @@ def _documents(recipe: Any, checkpoint: Any) -> tuple[Any, list[Any]]:
     """The mixture to train on, and the documents kept aside."""
     from trimode.training.convert import split_held_out
     from trimode.training.data import Mixture
+
+    sources = read_sources(recipe, checkpoint)
+    first, held = split_held_out(sources[0][0], recipe.data.held_out)
+    return Mixture([(first, sources[0][1]), *sources[1:]], seed=recipe.train.seed), held
+
+
+def read_sources(recipe: Any, checkpoint: Any) -> list[tuple[list[Any], float]]:
+    """The documents of each source, and its weight."""
     from trimode.training.encode import make_encode, read_source
 
     encode = make_encode(checkpoint)
@@ -145,8 +153,7 @@ def _documents(recipe: Any, checkpoint: Any) -> tuple[Any, list[Any]]:
     ]
     if skipped and screen.is_first_rank():
         screen.say(f"{len(skipped)} lines skipped; the first: {skipped[0]}")
-    first, held = split_held_out(sources[0][0], recipe.data.held_out)
-    return Mixture([(first, sources[0][1]), *sources[1:]], seed=recipe.train.seed), held
+    return sources
 
 
 def _run(recipe: Any, output: Path, target: Any, checkpoint: Any) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from typing import Protocol
 
 from trimode.decoding.autoregressive import Autoregressive
 from trimode.decoding.interface import Choice, Generation, Outcome, Predictions, Step, Traits
-from trimode.decoding.lookup import LookupSelfSpeculation, Match
+from trimode.decoding.lookup import LookupSelfSpeculation, Suggestion
 from trimode.decoding.reading import Reading, together
 from trimode.decoding.self_speculation import LinearSelfSpeculation, QuadraticSelfSpeculation
 from trimode.decoding.settings import Settings
+from trimode.text.ngrams import NgramTable
 
 __all__ = ["LARGEST_STEP", "Auto", "Chooser"]
 
@@ -26,9 +27,11 @@ SEEN_EVERY = 4
 class Chooser(Protocol):
     """Knows costs, and learns how many drafts are accepted."""
 
-    def choose(self, g: Generation, num_sharing: int, match: Callable[[Generation], Match | None]) -> Choice:
-        """How a generation goes on that shares its forwards with `num_sharing` - 1 others. match: tells where its text read before as
-        it ends now."""
+    def choose(
+        self, g: Generation, num_sharing: int, suggest: Callable[[Generation, int], Suggestion | None]
+    ) -> Choice:
+        """How a generation goes on that shares its forwards with `num_sharing` - 1 others. suggest: tells how its text may go on, for
+        at most so many tokens."""
         ...
 
     def note(self, g: Generation, num_drafted: int, num_accepted: int) -> None:
@@ -44,10 +47,10 @@ class Chooser(Protocol):
 class Auto:
     """Asks before each round, and lets the chosen decoder do it."""
 
-    def __init__(self, chooser: Chooser) -> None:
+    def __init__(self, chooser: Chooser, ngrams: NgramTable | None = None) -> None:
         self._chooser = chooser
         self._num_forwards = 0
-        self._lookup = LookupSelfSpeculation()
+        self._lookup = LookupSelfSpeculation(ngrams)
         self._kinds: dict[
             str, Autoregressive | LookupSelfSpeculation | LinearSelfSpeculation | QuadraticSelfSpeculation
         ] = {
@@ -62,7 +65,7 @@ class Auto:
 
     def _plan_one(self, g: Generation, num_sharing: int) -> Step:
         if g.choice is None or _is_between_rounds(g):
-            choice = self._chooser.choose(g, num_sharing, self._lookup.match)
+            choice = self._chooser.choose(g, num_sharing, self._lookup.suggest)
             if choice.kind != "quadratic":
                 # what was drafted ahead is let go; the last final token leads whatever comes next
                 g.canvas, g.state = [], None

@@ -1,12 +1,13 @@
 """`self_spec` without a draft forward: what followed the last time that the text read like this is the draft.
 
 Answers quote their prompts and repeat themselves. Where the last few tokens stood in the text before, what followed them there is
-verified as drafts of the block view are, so the text is exactly the autoregressive one. Where they did not, one token is decoded. Known
-as prompt lookup or n-gram speculation.
+verified as drafts of the block view are, so the text is exactly the autoregressive one. Known as prompt lookup or n-gram speculation.
+Where the checkpoint has a table of what it tends to say (`text.ngrams`), that speaks too. Where neither does, one token is decoded.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 from trimode.decoding.autoregressive import causal_step, one_token
 from trimode.decoding.block_diffusion import length_of_block
@@ -14,13 +15,21 @@ from trimode.decoding.interface import Generation, OneByOne, Outcome, Prediction
 from trimode.decoding.reading import Reading
 from trimode.decoding.self_speculation import Draft, absorb_verification, verify_step
 from trimode.decoding.settings import Settings
+from trimode.text.ngrams import LONGEST_CONTEXT, NgramTable
 
-__all__ = ["LookupSelfSpeculation", "Match", "TextIndex"]
+__all__ = ["LookupSelfSpeculation", "Match", "Suggestion", "TextIndex"]
 
 SHORTEST, LONGEST = 2, 4
 """Tokens at the end of a text that are looked for; the longer the better."""
 MOST_PLACES = 16
 """That are looked at, the latest first."""
+LIKELY = {2: 0.45, 3: 0.6, 4: 0.75}
+"""How often what followed there follows here, by the tokens that both places have in common. Counted on Spec-Bench, and corrected for
+each text by whoever weighs it."""
+GOES_ON = 0.85
+"""The same of a token behind one that did."""
+WORTH_READING = 0.08
+"""What a table of n-grams says is drafted as long as all of it is right with this chance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +49,21 @@ class Match:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class Suggestion:
+    """How a text may go on."""
+
+    tokens: tuple[int, ...]
+    chances: tuple[float, ...]
+    """Of each token, behind those before it."""
+    length: int
+    """Tokens that the text has in common with an earlier place where its first token followed; 0: the table of n-grams says so."""
+
+    def first(self, count: int) -> "Suggestion":
+        """Its first tokens."""
+        return Suggestion(self.tokens[:count], self.chances[:count], self.length)
+
+
 class TextIndex:
     """Where each pair of tokens was followed by something, place behind place. The text only grows."""
 
@@ -49,6 +73,8 @@ class TextIndex:
         """For each place the one before it that follows the same pair; 0: none does."""
         self._num_read = -1
         self._found: Match | None = None
+        self.suggested: tuple[tuple[int, int], Suggestion | None] = ((-1, 0), None)
+        """What was made of it last: for a text of so many tokens at most so many."""
 
     def match(self, text: Sequence[int]) -> Match | None:
         """Of the latest places that follow the pair that this text ends with, the one with the longest run before it."""
@@ -79,24 +105,58 @@ class TextIndex:
 
 
 class LookupSelfSpeculation(OneByOne):
-    """Verify what the text itself suggests, in one forward a round."""
+    """Verify what the text itself, or a table of n-grams, suggests, in one forward a round."""
 
-    def match(self, g: Generation) -> Match | None:
-        """What the text so far suggests, if that can be verified next: a prompt is read first, and where one token is left a draft
-        would save nothing."""
-        if len(g.uncached) != 1 or g.cached < len(g.prompt) or g.num_left < 2:
+    def __init__(self, ngrams: NgramTable | None = None) -> None:
+        self._ngrams = None if ngrams is None else ngrams.reader()
+
+    def suggest(self, g: Generation, most: int) -> Suggestion | None:
+        """At most so many tokens, if they can be verified next: a prompt is read first, and where one token is left a draft would save
+        nothing."""
+        if len(g.uncached) != 1 or g.cached < len(g.prompt) or g.num_left < 2 or most < 1:
             return None
         if g.index is None:
             g.index = TextIndex()
-        return g.index.match(g.final)
+        index: TextIndex = g.index
+        (num_read, longest), found = index.suggested
+        if num_read != len(g.final) or longest < most:
+            match = index.match(g.final)
+            quoted = [] if match is None else match.drafts(g.final, most)
+            found = self._joined(g.final, quoted, 0 if match is None else match.length, most)
+            index.suggested = ((len(g.final), most), found)
+        return found if found is None or len(found.tokens) <= most else found.first(most)
+
+    def _joined(self, text: list[int], quoted: list[int], length: int, most: int) -> Suggestion | None:
+        """What followed before, unless the table knows better how it begins; behind it, or instead, what the table says."""
+        chances = [LIKELY[length], *[GOES_ON] * (len(quoted) - 1)] if quoted else []
+        if self._ngrams is None:
+            return Suggestion(tuple(quoted), tuple(chances), length) if quoted else None
+        end = text[-LONGEST_CONTEXT:]
+        told = self._ngrams.following(end)
+        if told is not None and quoted and told[1] > chances[0]:
+            if told[0] == quoted[0]:
+                chances[0] = told[1]
+            else:
+                quoted, chances, length = [], [], 0
+        tokens = list(quoted)
+        end += tokens
+        together = prod(chances)
+        while len(tokens) < most and (told := self._ngrams.following(end)) is not None:
+            together *= told[1]
+            if together < WORTH_READING:
+                break
+            tokens.append(told[0])
+            chances.append(told[1])
+            end.append(told[0])
+        return Suggestion(tuple(tokens), tuple(chances), length) if tokens else None
 
     def plan_one(self, g: Generation) -> Step:
         if g.state is None:
-            match = self.match(g)
             count = min(length_of_block(g), g.num_left) - 1
-            if match is None or count < 1:
+            found = self.suggest(g, count)
+            if found is None:
                 return causal_step(g, "decode")
-            g.canvas, g.state = match.drafts(g.final, count), Draft()
+            g.canvas, g.state = list(found.tokens), Draft()
         return verify_step(g)
 
     def absorb_one(self, g: Generation, step: Step, predictions: Predictions) -> Reading[Outcome]:

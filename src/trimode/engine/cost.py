@@ -20,7 +20,7 @@ from typing import Any
 
 from trimode.decoding.auto import LARGEST_STEP
 from trimode.decoding.interface import Choice, Generation
-from trimode.decoding.lookup import Match
+from trimode.decoding.lookup import Suggestion
 from trimode.device import processor
 from trimode.model.attention import Span
 from trimode.model.config import ModelConfig
@@ -43,8 +43,10 @@ LENGTHS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
 """Block lengths that are considered."""
 HARDLY = 0.02
 """A draft that is accepted with less than this chance makes no block worth its inputs, nor does any behind it."""
-LEAST_PRIOR = 0.5
-"""Of what a text suggests, at least so much is taken to be right until it shows."""
+LEAST_TRUST = 0.9
+"""In what a text suggests, until it shows."""
+SUREST = 0.97
+"""No draft is right more often."""
 LONGEST_QUOTE = 16
 """Inputs of a verification of what the text itself suggests, at most."""
 ENOUGH = 1.05
@@ -324,6 +326,32 @@ class Acceptance:
         return (self._accepted[k] + self._weight * before) / (self._tried[k] + self._weight)
 
 
+class Trust:
+    """How much more or less often suggestions are right than they say, the first token and those behind it; old ones count less and
+    less."""
+
+    _WEIGHT = 4.0
+    _MEMORY = 0.98
+
+    def __init__(self) -> None:
+        self._hoped = [0.0, 0.0]
+        self._right = [0.0, 0.0]
+
+    def note(self, chances: Sequence[float], num_accepted: int) -> None:
+        """A verification accepted this many of drafts with such chances."""
+        for place in (0, 1):
+            self._hoped[place] *= self._MEMORY
+            self._right[place] *= self._MEMORY
+        for k in range(min(num_accepted + 1, len(chances))):
+            self._hoped[k > 0] += chances[k]
+            self._right[k > 0] += k < num_accepted
+
+    def factor(self, is_first: bool, prior: float = 1.0) -> float:
+        """By which such a chance is to be multiplied."""
+        place = not is_first
+        return (self._right[place] + self._WEIGHT * prior) / (self._hoped[place] + self._WEIGHT)
+
+
 class _Trials:
     """When a request tries what it does not take for the best."""
 
@@ -368,10 +396,10 @@ class _Request:
 
     own: Acceptance = field(default_factory=Acceptance)
     """Of the block view's drafts."""
-    quoted: dict[int, Acceptance] = field(default_factory=dict)
-    """Of drafts that the text itself suggested, by the length of the match."""
-    matched: int = 0
-    """The length of the match that was last looked at."""
+    trust: dict[int, Trust] = field(default_factory=dict)
+    """In what its text suggests, by `Suggestion.length`."""
+    suggested: Suggestion | None = None
+    """What was last looked at."""
     trials: _Trials = field(default_factory=_Trials)
     hung_on: tuple[int, ...] = ()
     """What the latest choice hung on: most rounds bring nothing new."""
@@ -399,8 +427,8 @@ class MeasuredChooser:
         self._has_adapter = has_adapter
         self._first_is_exact = first_is_exact
         self._all = Acceptance()
-        self._quoted: dict[int, Acceptance] = {}
-        """Of drafts that texts themselves suggested, by the length of the match."""
+        self._trust: dict[int, Trust] = {}
+        """In what texts suggest, by `Suggestion.length`."""
         self._crowds: tuple[int, dict[int, bool]] = (-1, {})
         """For a version of the costs, whether so many requests fill a forward."""
 
@@ -412,7 +440,9 @@ class MeasuredChooser:
             self._costs = LatelySeen(self._measure())
         return self._costs
 
-    def choose(self, g: Generation, num_sharing: int, match: Callable[[Generation], Match | None]) -> Choice:
+    def choose(
+        self, g: Generation, num_sharing: int, suggest: Callable[[Generation, int], Suggestion | None]
+    ) -> Choice:
         if g.settings.temperature > 0 and g.settings.seed is not None:
             # its tokens hang on what is chosen, and neither others nor a clock must reach into a seeded answer
             return Choice("ar")
@@ -434,7 +464,7 @@ class MeasuredChooser:
         best = request.best
         if is_trial:
             return trials.begin(best, own.num_notes)
-        suggested = match(g)
+        suggested = suggest(g, min(LONGEST_QUOTE, g.num_left) - 1)
         if suggested is not None:
             quote, faster = self._best_quote(request, suggested, num_sharing, context)
             if faster > (ENOUGH if best.kind == "ar" else 1.0) * request.speed:
@@ -456,28 +486,32 @@ class MeasuredChooser:
 
     def note(self, g: Generation, num_drafted: int, num_accepted: int) -> None:
         request = self._of(g)
-        if g.choice is not None and g.choice.kind == "lookup":
-            of_text, of_all = request.quoted[request.matched], self._quoted[request.matched]
+        if g.choice is not None and g.choice.kind == "lookup" and request.suggested is not None:
+            of_text = request.trust[request.suggested.length], self._trust[request.suggested.length]
+            for trust in of_text:
+                trust.note(request.suggested.chances[:num_drafted], num_accepted)
         else:
-            of_text, of_all = request.own, self._all
-        of_text.note(num_drafted, num_accepted)
-        of_all.note(num_drafted, num_accepted)
+            request.own.note(num_drafted, num_accepted)
+            self._all.note(num_drafted, num_accepted)
 
     def _of(self, g: Generation) -> _Request:
         if g.memo is None:
             g.memo = _Request()
         return g.memo
 
-    def _best_quote(self, request: _Request, match: Match, num_sharing: int, context: int) -> tuple[Choice, float]:
-        """How much of what the text suggests is best verified, and the tokens a second that this promises."""
-        request.matched = match.length
-        own = request.quoted.setdefault(match.length, Acceptance())
-        shared = self._quoted.setdefault(match.length, Acceptance())
+    def _best_quote(
+        self, request: _Request, suggested: Suggestion, num_sharing: int, context: int
+    ) -> tuple[Choice, float]:
+        """How much of what is suggested is best verified, and the tokens a second that this promises."""
+        request.suggested = suggested
+        own = request.trust.setdefault(suggested.length, Trust())
+        shared = self._trust.setdefault(suggested.length, Trust())
+        # others' texts may have misled: each text is given its chance
+        factors = [own.factor(is_first, max(shared.factor(is_first), LEAST_TRUST)) for is_first in (True, False)]
         best, most = Choice("ar"), 0.0
         emitted, chance = 1.0, 1.0
-        for num in range(1, LONGEST_QUOTE):
-            # others' texts may have misled: each text is given its chance
-            chance *= own.rate(num - 1, max(shared.rate(num - 1), LEAST_PRIOR))
+        for num, hoped in enumerate(suggested.chances, 1):
+            chance *= min(SUREST, hoped * factors[num > 1])
             emitted += chance
             width = num_sharing * (num + 1)
             if width > self.costs.table.num_inputs[-1] * 2:

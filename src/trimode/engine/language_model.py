@@ -55,6 +55,7 @@ from trimode.model.native import NativeForward, Precision
 from trimode.model.transformer import Transformer
 from trimode.model.views import BlockOverCausal, Causal
 from trimode.text.grammar import Grammar, GrammarKind, Grammars
+from trimode.text.ngrams import NgramTable
 from trimode.text.tokenizer import Tokenizer
 
 __all__ = ["LanguageModel", "load", "num_positions"]
@@ -142,7 +143,13 @@ def load(
         forward = _torch_forward(checkpoint, target, wanted, lora, attention, int8=holds_int8)
     packed = use_native and forward.precision == "int8" and (quantize == "int8" or checkpoint.packed is not None)
     return LanguageModel(
-        str(name), forward, checkpoint.tokenizer(), adapter=lora, checkpoint=checkpoint, saves_packed=packed
+        str(name),
+        forward,
+        checkpoint.tokenizer(),
+        adapter=lora,
+        checkpoint=checkpoint,
+        saves_packed=packed,
+        ngrams=checkpoint.ngrams(),
     )
 
 
@@ -215,9 +222,10 @@ class LanguageModel:
         attention: KernelName = "sdpa",
         checkpoint: Checkpoint | None = None,
         saves_packed: bool = False,
+        ngrams: NgramTable | None = None,
     ) -> None:
         """forward: what runs the model; a bare `Transformer` runs through PyTorch. checkpoint: where it came from, for `save`, which
-        writes the engine's own format if `saves_packed`."""
+        writes the engine's own format if `saves_packed`. ngrams: what the model tends to say, for drafts."""
         self.name = name
         if isinstance(forward, Transformer):
             weight = forward.embedding.weight
@@ -231,6 +239,7 @@ class LanguageModel:
         self.adapter = adapter
         self._checkpoint = checkpoint
         self._saves_packed = saves_packed
+        self._ngrams = ngrams
         self.auto = {} if checkpoint is None else _checked_auto(checkpoint)
         """What mode "auto" stands for where somebody tuned it: the mode and its knobs."""
         self._grammars: Grammars | None = None
@@ -240,7 +249,7 @@ class LanguageModel:
             "diffusion": BlockDiffusion(),
             "linear": LinearSelfSpeculation(),
             "quadratic": QuadraticSelfSpeculation(),
-            "lookup": LookupSelfSpeculation(),
+            "lookup": LookupSelfSpeculation(ngrams),
             "infill": Infill(),
         }
 
@@ -489,7 +498,7 @@ class LanguageModel:
                 first_is_exact=traits.first_is_exact,
                 can_draft=self._drafts_are_trained,
             )
-            self._decoders["auto"] = Auto(chooser)
+            self._decoders["auto"] = Auto(chooser, self._ngrams)
         return self._decoders["auto"]
 
     def _settings(self, knobs: Mapping[str, Any], *, may_be_tuned: bool = True) -> tuple[Settings, str]:
@@ -768,21 +777,20 @@ class LanguageModel:
         return self.forward(inputs, self.forward.make_cache([len(ids)]))
 
     def save(self, directory: str | Path) -> None:
-        """Write a directory: config, safetensors, adapter and tokenizer. Refuses one that holds files.
+        """Write a directory: config, safetensors, adapter, tokenizer and n-grams. Refuses one that holds files.
 
         A model that was loaded with quantize="int8", or from a packed directory, is written packed (`checkpoint.packed_files`), which
         trimode alone reads; any other as Hugging Face has it, in the numbers that it was loaded from.
         """
         if not isinstance(directory, str | Path) or "\0" in str(directory) or str(directory) == "":
             raise SettingError(f"save takes the path of a directory; got {directory!r}.")
+        beside: dict[str, Any] = {"adapter": self.adapter, "tokenizer": self.tokenizer, "ngrams": self._ngrams}
         if self._saves_packed:
             assert self._checkpoint is not None
             weights = packed_weights(self._checkpoint, "int8")
-            save_packed_checkpoint(directory, self._checkpoint, weights, adapter=self.adapter, tokenizer=self.tokenizer)
+            save_packed_checkpoint(directory, self._checkpoint, weights, **beside)
         else:
-            save_checkpoint(
-                directory, self.config, self._dense_tensors(), adapter=self.adapter, tokenizer=self.tokenizer
-            )
+            save_checkpoint(directory, self.config, self._dense_tensors(), **beside)
 
     def _dense_tensors(self) -> Iterable[tuple[str, Tensor]]:
         if isinstance(self.forward, TorchForward) and self.forward.precision != "int8":

@@ -3,7 +3,7 @@
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +12,14 @@ import torch.distributed as dist
 
 from trimode.checkpoint import Checkpoint, save_checkpoint
 from trimode.checkpoint.adapter_files import open_adapter, save_adapter
+from trimode.checkpoint.ngram_files import NGRAMS, save_ngrams
 from trimode.checkpoint.store import new_directory
 from trimode.checkpoint.stored import listed
 from trimode.diffusion.corruption import SampleNoise
 from trimode.errors import DataError, MissingMaskTokenError, TrainingError
 from trimode.model.config import ModelConfig
 from trimode.model.transformer import Transformer
+from trimode.text.ngrams import count_ngrams
 from trimode.text.tokenizer import Tokenizer
 from trimode.training.data import Document, TokenBatch, pack
 from trimode.training.drafter import accepted_drafts, train_drafter
@@ -240,17 +242,24 @@ def choose_mask(config: ModelConfig, tokenizer: Tokenizer | None, wanted: str | 
     )
 
 
-def write_converted(directory: Path, run: Path, recipe: Recipe, base: Checkpoint) -> None:
-    """The checkpoint that a finished run makes of its base, whole or not at all."""
+def write_converted(
+    directory: Path, run: Path, recipe: Recipe, base: Checkpoint, documents: Sequence[Document]
+) -> None:
+    """The checkpoint that a finished run makes of its base, whole or not at all, with a table of what the documents say."""
+    ngrams = count_ngrams(((d.ids, d.num_prompt) for d in documents), base.config.vocab_size)
     if recipe.objective != "adapter":
         with new_directory(directory) as draft:
             shutil.copytree(run / "checkpoint", draft, dirs_exist_ok=True)
+            save_ngrams(draft / NGRAMS, ngrams)
         return
     stored = open_adapter(run / "adapter", base.config)
     dtype = DTYPES.get(base.stored_dtype, torch.bfloat16)
     extra = {"trimode": {**stored.facts, "base_fingerprint": stored.base}}
     tensors, tokenizer = base.tensors(dtype=dtype), base.tokenizer()
-    save_checkpoint(directory, base.config, tensors, adapter=stored.read(), adapter_extra=extra, tokenizer=tokenizer)
+    adapter = stored.read()
+    save_checkpoint(
+        directory, base.config, tensors, adapter=adapter, adapter_extra=extra, tokenizer=tokenizer, ngrams=ngrams
+    )
 
 
 def take_adapter(model: TrainableModel, directory: Path) -> None:
