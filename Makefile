@@ -61,6 +61,8 @@ adapter: .venv/.ready
 		--set adapter.initial=$(CURDIR)/runs/smollm2-135m/adapter
 	$(BIN)/trimode train recipes/smollm2-135m/broader.toml --output runs/smollm2-135m-broader \
 		--set adapter.initial=$(CURDIR)/runs/smollm2-135m-more/adapter
+	$(BIN)/trimode ngrams $(addprefix recipes/smollm2-135m/,answers.jsonl.gz passage_answers.jsonl.gz broader_answers.jsonl.gz) \
+		--output runs/smollm2-135m-broader/ngrams.safetensors
 
 $(BIN)/python:
 	@test -n '$(PYTHON)' || { echo 'Python 3.11 or newer is needed, and none was found.' \

@@ -32,6 +32,7 @@ FACTS = {
     "modes": ["ar", "diffusion", "self_spec"],
     "trained_for_blocks": False,
     "adapter": None,
+    "ngram_contexts": 0,
     "memory_bytes": {"float32": 600_000_000, "bfloat16": 300_000_000},
 }
 
@@ -122,7 +123,10 @@ def test_an_adapter_is_told_by_its_size_and_place(cli, describe):
     describe.update(adapter={"rank": 64, "parts": ["o_proj"], "parameters": 1_234_567}, trained_for_blocks=True)
     rows = [" ".join(line.split()) for line in cli("info", "x").stdout.splitlines()]
     assert "adapter rank 64 · 1,234,567 parameters · o_proj" in rows
+    assert "n-grams none" in rows
     assert "trained yes" in rows
+    describe.update(ngram_contexts=323_956)
+    assert "323,956 contexts" in cli("info", "x").stdout
 
 
 def test_a_missing_path_is_one_line(cli, describe):

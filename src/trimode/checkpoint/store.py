@@ -269,6 +269,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     positions = min(4096, config.max_positions)
     cached = 2 * config.num_layers * config.num_kv_heads * config.head_size * positions
     adapter_bytes = 0 if adapter is None else adapter.num_bytes
+    ngrams = checkpoint.ngrams()
     return {
         "name": checkpoint.name,
         "path": str(checkpoint.path),
@@ -289,6 +290,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "adapter": None
         if adapter is None
         else {"rank": adapter.rank, "parts": adapter.parts, "parameters": adapter.num_parameters},
+        "ngram_contexts": 0 if ngrams is None else ngrams.num_contexts,
         "memory_bytes": {
             dtype: (config.num_parameters + cached) * item_bytes + adapter_bytes
             for dtype, item_bytes in (("bfloat16", 2), ("float32", 4))

@@ -78,7 +78,7 @@ KNOBS: Mapping[str, Knob] = {
     "self_spec_kind": _decoding(
         "word",
         "KIND",
-        "self_spec: linear (two forwards a round), quadratic (one) or lookup (one; the text itself drafts).",
+        "self_spec: linear (two forwards a round), quadratic (one) or lookup (one; the text, or n-grams, draft).",
     ),
     "draft_lora": Knob(
         kind="switch", negated=True, panel="Decoding", help="Use the checkpoint's draft adapter, or do without."

@@ -92,8 +92,8 @@ class Settings:
     max_post_steps: int = 0
     """Extra passes that only revise, after a block is full."""
     self_spec_kind: str = "linear"
-    """`linear`: draft, then verify. `quadratic`: verify and draft ahead in one forward. `lookup`: verify what the text itself
-    suggests."""
+    """`linear`: draft, then verify. `quadratic`: verify and draft ahead in one forward. `lookup`: verify what the text itself,
+    or the checkpoint's table of n-grams, suggests."""
     draft_lora: bool | None = None
     """Use the checkpoint's draft adapter; None: if there is one."""
     end_think_token_id: int | None = None

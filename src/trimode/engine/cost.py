@@ -45,6 +45,9 @@ HARDLY = 0.02
 """A draft that is accepted with less than this chance makes no block worth its inputs, nor does any behind it."""
 LEAST_TRUST = 0.9
 """In what a text suggests, until it shows."""
+AT_HAND = 0.8
+"""What is suggested is preferred to drafting from this share of its promise on: that promise is the better known of the two. Counted on
+60 prompts of Spec-Bench: 1.0 makes 1.80 times the speed of `ar`, 0.8 1.84."""
 SUREST = 0.97
 """No draft is right more often."""
 LONGEST_QUOTE = 16
@@ -467,7 +470,7 @@ class MeasuredChooser:
         suggested = suggest(g, min(LONGEST_QUOTE, g.num_left) - 1)
         if suggested is not None:
             quote, faster = self._best_quote(request, suggested, num_sharing, context)
-            if faster > (ENOUGH if best.kind == "ar" else 1.0) * request.speed:
+            if faster > (ENOUGH if best.kind == "ar" else AT_HAND) * request.speed:
                 return quote
         trials.note(best.kind != "ar")
         return best

@@ -225,6 +225,7 @@ def info_page(facts: Mapping[str, Any], machine: Mapping[str, int | None]) -> Te
         ),
         *_blocks(facts),
         ("adapter", _adapter(facts["adapter"])),
+        ("n-grams", f"{_grouped(facts['ngram_contexts'])} contexts" if facts["ngram_contexts"] else "none"),
     ]
     needs = {dtype: readable_bytes(needed) for dtype, needed in facts["memory_bytes"].items()}
     widest = max(map(len, needs.values()), default=0)
