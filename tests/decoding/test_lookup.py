@@ -78,10 +78,11 @@ def test_without_a_table_the_text_alone_suggests():
     assert found.chances == (LIKELY[3], GOES_ON, GOES_ON, GOES_ON)
 
 
-def test_a_table_speaks_where_the_text_does_not_and_goes_on_behind_what_it_quotes():
+def test_a_table_speaks_where_the_text_does_not():
     found = suggested([5, 20], [*OFTEN, [20, 20, 21, 22]], most=9)
     assert found.length == 0
-    assert found.tokens[:2] == (21, 22)
+    assert found.tokens == (21, 22, 23, 24)  # as far as it knows
+    assert len(suggested([5, 20], [*OFTEN, [20, 20, 21, 22]], most=3).tokens) == 3
     assert all(0 < chance <= 1 for chance in found.chances)
     # "9 20" was followed by "20" here, and no table knows better
     behind = suggested([9, 9, 20, 9], OFTEN, most=9)
@@ -91,16 +92,31 @@ def test_a_table_speaks_where_the_text_does_not_and_goes_on_behind_what_it_quote
 
 
 def test_a_table_that_is_surer_than_the_text_is_believed():
-    found = suggested([20, 21, 30, 20], [*OFTEN, [20, 20, 21]], most=3)  # ends with 20 20: nothing to quote
-    assert found.length == 0
     text = [21, 22, 30, 31, 21, 22]  # the text went on with 30, the table says 23
     g = tiny_model(1).open_answer(text, {"mode": "self_spec", "max_new_tokens": 20}).generation
     g.final.append(22)
     g.final[-2:] = [21, 22]
     g.cached = len(g.final) - 1
     both = LookupSelfSpeculation(count_ngrams([(one, 0) for one in OFTEN], 40)).suggest(g, 3)
-    assert both.tokens[:2] == (23, 24)
+    assert both.tokens == (23, 24)
     assert both.length == 0
+    # where both say the same the surer chance counts
+    g.final[-3:] = [23, 31, 21, 22]
+    g.final[:3] = [21, 22, 23]
+    g.cached = len(g.final) - 1
+    same = LookupSelfSpeculation(count_ngrams([(one, 0) for one in OFTEN], 40)).suggest(g, 3)
+    assert (same.tokens[0], same.length) == (23, 2)
+    assert same.chances[0] > LIKELY[2]
+
+
+def test_a_table_that_is_less_sure_than_the_text_is_not():
+    unsure = count_ngrams([([9, 21, 22, 23 + i % 10], 1) for i in range(400)], 40)
+    assert unsure.reader().following([21, 22])[1] < LIKELY[2]
+    g = tiny_model(1).open_answer([21, 22, 36, 37, 5, 21], {"mode": "self_spec", "max_new_tokens": 20}).generation
+    g.final.append(22)
+    g.cached = len(g.final) - 1
+    found = LookupSelfSpeculation(unsure).suggest(g, 2)
+    assert (found.tokens, found.chances, found.length) == ((36, 37), (LIKELY[2], GOES_ON), 2)
 
 
 def test_fewer_tokens_than_were_found_are_the_first_of_them_and_are_not_looked_for_again():

@@ -7,7 +7,6 @@ Where the checkpoint has a table of what it tends to say (`text.ngrams`), that s
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
 from trimode.decoding.autoregressive import causal_step, one_token
 from trimode.decoding.block_diffusion import length_of_block
@@ -127,28 +126,21 @@ class LookupSelfSpeculation(OneByOne):
         return found if found is None or len(found.tokens) <= most else found.first(most)
 
     def _joined(self, text: list[int], quoted: list[int], length: int, most: int) -> Suggestion | None:
-        """What followed before, unless the table knows better how it begins; behind it, or instead, what the table says."""
-        chances = [LIKELY[length], *[GOES_ON] * (len(quoted) - 1)] if quoted else []
-        if self._ngrams is None:
-            return Suggestion(tuple(quoted), tuple(chances), length) if quoted else None
+        """What followed before, unless there is nothing or the table knows better how it begins: then what the table says."""
         end = text[-LONGEST_CONTEXT:]
-        told = self._ngrams.following(end)
-        if told is not None and quoted and told[1] > chances[0]:
-            if told[0] == quoted[0]:
-                chances[0] = told[1]
-            else:
-                quoted, chances, length = [], [], 0
-        tokens = list(quoted)
-        end += tokens
-        together = prod(chances)
-        while len(tokens) < most and (told := self._ngrams.following(end)) is not None:
-            together *= told[1]
-            if together < WORTH_READING:
-                break
+        told = None if self._ngrams is None else self._ngrams.following(end)
+        if quoted and (told is None or told[0] == quoted[0] or told[1] <= LIKELY[length]):
+            first = LIKELY[length] if told is None or told[0] != quoted[0] else max(told[1], LIKELY[length])
+            return Suggestion(tuple(quoted), (first, *[GOES_ON] * (len(quoted) - 1)), length)
+        tokens: list[int] = []
+        chances: list[float] = []
+        together = 1.0
+        while told is not None and len(tokens) < most and (together := together * told[1]) >= WORTH_READING:
             tokens.append(told[0])
             chances.append(told[1])
             end.append(told[0])
-        return Suggestion(tuple(tokens), tuple(chances), length) if tokens else None
+            told = self._ngrams.following(end) if self._ngrams is not None else None
+        return Suggestion(tuple(tokens), tuple(chances), 0) if tokens else None
 
     def plan_one(self, g: Generation) -> Step:
         if g.state is None:

@@ -268,8 +268,10 @@ def _verified_there(
     """`verify_and_draft` where the logits lie, read at once. ahead: none, if nothing is to be drafted."""
     n, device = len(drafts), rows.logits.device
     per_group = len(ahead) // (n + 1)
-    before = generation.random.get_state()
-    u = sent(uniform(generation, n + 1 + per_group), device) if generation.settings.temperature > 0 else None
+    u = before = None
+    if generation.settings.temperature > 0:
+        before = generation.random.get_state()
+        u = sent(uniform(generation, n + 1 + per_group), device)
     forced = _forced_place(drafts, generation)
     accepted, others = _judged(drafts, q, rows, generation, u, forced)
     num = accepted.long().cumprod(dim=0).sum().view(1)
@@ -292,7 +294,7 @@ def _verified_there(
     told = yield read
     num_accepted = told[0][0]
     new = told.pop() if per_group else []
-    if u is not None:
+    if before is not None:
         # as many random numbers are used up as place by place
         generation.random.set_state(before)
         uniform(generation, int(_num_drawn(torch.tensor([num_accepted]), n, forced)) + per_group)
