@@ -179,7 +179,9 @@ def test_one_command_counts_what_a_model_says_into_its_directory(world, tmp_path
     assert program(["ngrams", str(tmp_path / "few.jsonl"), "--model", str(home)]) == 0
     assert "1 lines skipped; the first: line 2" in capsys.readouterr().err
     assert open_checkpoint(home).ngrams().num_contexts < table.num_contexts
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hello"}\n')
     for bad, fault in (
+        (["ngrams", str(tmp_path / "prompts.jsonl"), "--model", str(home)], "it has no answer_ids"),
         (["ngrams", str(tmp_path / "none.jsonl"), "--model", str(home)], "There is no file"),
         (["ngrams", str(answers), "--model", str(home), "--max-tokens", "x"], "--max-tokens"),
         (["ngrams", str(answers), "--model", str(home), "-o", str(tmp_path / "no" / "x")], "Cannot write"),

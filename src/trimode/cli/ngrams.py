@@ -7,7 +7,7 @@ import typer
 
 from trimode.cli import screen
 from trimode.cli.options import ModelName, whole_number
-from trimode.errors import SettingError
+from trimode.errors import DataError, SettingError
 
 __all__ = ["ngrams"]
 
@@ -50,7 +50,11 @@ def ngrams(
     skipped: list[str] = []
     given = {"max_tokens": longest, "vocab_size": checkpoint.config.vocab_size, "skip": skipped.append}
     encode = make_encode(checkpoint)
-    documents = [document for file in data for document in read_source(Source(path=file), encode, **given)]
+    try:
+        documents = [document for file in data for document in read_source(Source(path=file), encode, **given)]
+    except DataError as error:
+        why = f" The first line that was left out: {skipped[0]}" if skipped else ""
+        raise DataError(f"{error}{why}") from None
     table = count_ngrams(((d.ids, d.num_prompt) for d in documents), checkpoint.config.vocab_size)
     save_ngrams(target, table)
     if skipped:
