@@ -87,7 +87,7 @@ class Found(NamedTuple):
     logits: Tensor
     """[most asked, V] in the model's dtype"""
     numbers: Tensor
-    """float64 [3, most asked], one copy to the host: the arg-max without the mask token, its logit, the log-sum-exp."""
+    """float64 [3, most asked]: the arg-max without the mask token, its logit, the log-sum-exp."""
 
 
 @dataclass(frozen=True, slots=True)
