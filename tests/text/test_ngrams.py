@@ -75,6 +75,15 @@ def test_the_same_texts_make_the_same_table_and_contexts_never_seen_are_not_know
     assert reader.following([]) is None
 
 
+def test_neighbouring_ids_do_not_stand_in_a_row():
+    """Else a search runs through all of them: ids of a made-up text, the lower the more frequent."""
+    ids = np.minimum(np.random.default_rng(0).zipf(1.3, 400_000), 40_000).tolist()
+    table = count_ngrams([(ids, 0)], 49152)
+    assert table.num_contexts > 100_000
+    free = np.flatnonzero(table.slots == 0)
+    assert np.diff(free).max() < 200
+
+
 def test_nothing_to_count_is_an_error():
     for texts in ([], [([], 0)], [([5], 0)], [([5, 6], 2)]):
         with pytest.raises(DataError, match="nothing to count"):
@@ -90,6 +99,15 @@ def test_a_table_survives_its_file(tmp_path):
     assert np.array_equal(found.slots, table.slots)
     assert (found.num_contexts, found.vocab_size) == (table.num_contexts, 10)
     assert found.reader().following([1, 2]) == table.reader().following([1, 2])
+
+
+def test_a_table_takes_the_place_of_a_link_and_not_of_what_it_points_to(tmp_path):
+    (tmp_path / "blob").write_text("everybody's")
+    (tmp_path / "link").symlink_to(tmp_path / "blob")
+    save_ngrams(tmp_path / "link", count_ngrams([([1, 2, 3, 4], 1)] * 3, 10))
+    assert (tmp_path / "blob").read_text() == "everybody's"
+    assert not (tmp_path / "link").is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["blob", "link"]
 
 
 def test_what_is_no_table_for_the_model_is_refused_in_one_line(tmp_path):
@@ -109,6 +127,10 @@ def test_what_is_no_table_for_the_model_is_refused_in_one_line(tmp_path):
         (written({"slots": good}, version=2), "version is 2"),
         (written({"slots": good}, num_contexts=None), "num_contexts"),
         (written({"slots": good}, num_contexts="many"), "many"),
+        (written({"slots": good}, num_contexts=-5), "-5"),
+        (written({"slots": good}, num_contexts=4), "num_contexts is 4"),
+        (written({"slots": good}, num_contexts=float("inf")), "inf"),
+        (lambda: save_file({"slots": good}, path, metadata={"ngrams": "[" * 100_000}), ""),
         (written({"other": good}), "slots"),
         (written({"slots": np.zeros(3, np.uint64)}), "2, 4, 8"),
         (written({"slots": np.zeros((2, 2), np.uint64)}), "2, 4, 8"),

@@ -184,7 +184,10 @@ def test_one_command_counts_what_a_model_says_into_its_directory(world, tmp_path
         (["ngrams", str(tmp_path / "prompts.jsonl"), "--model", str(home)], "it has no answer_ids"),
         (["ngrams", str(tmp_path / "none.jsonl"), "--model", str(home)], "There is no file"),
         (["ngrams", str(answers), "--model", str(home), "--max-tokens", "x"], "--max-tokens"),
-        (["ngrams", str(answers), "--model", str(home), "-o", str(tmp_path / "no" / "x")], "Cannot write"),
+        (["ngrams", str(answers), "--model", str(home), "-o", str(tmp_path / "no" / "x")], "a directory that is there"),
+        (["ngrams", str(answers), "--model", str(home), "-o", ""], "must name a file"),
+        (["ngrams", str(answers), "--model", str(home), "-o", str(tmp_path)], "must name a file"),
+        (["ngrams", str(answers), "--model", str(home), "-o", str(answers)], "is no table"),
     ):
         assert program(bad) == 2
         assert fault in capsys.readouterr().err

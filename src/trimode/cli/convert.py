@@ -137,7 +137,7 @@ def convert(
     if not screen.is_first_rank():
         return
     (run / MADE).write_text(jsonlib.dumps(made), encoding="utf-8")
-    documents = [document for source, _ in train.read_sources(recipe, checkpoint) for document in source]
+    documents = [document for source, _ in train.read_sources(recipe, checkpoint, tells=False) for document in source]
     write_converted(target, run, recipe, checkpoint, documents)
     summary = {
         "checkpoint": str(target),

@@ -37,7 +37,7 @@ def ngrams(
     """
     longest = whole_number(max_tokens, "--max-tokens", low=2)
     from trimode.checkpoint import open_checkpoint
-    from trimode.checkpoint.ngram_files import NGRAMS, save_ngrams
+    from trimode.checkpoint.ngram_files import NGRAMS, is_table, save_ngrams
     from trimode.checkpoint.presets import PRESETS
     from trimode.text.ngrams import count_ngrams
     from trimode.training.encode import make_encode, read_source
@@ -45,8 +45,15 @@ def ngrams(
 
     checkpoint = open_checkpoint(model)
     if output is None and (model in PRESETS or not checkpoint.path.is_dir()):
-        raise SettingError(f"{model} has no directory of its own. Name a file: --output {NGRAMS}.")
+        raise SettingError(
+            f"{model} has no directory of its own, where the table would be found. Make one with trimode convert {model} "
+            f"--quantize int8 --output DIR and give --model DIR, or name a file: --output {NGRAMS}."
+        )
     target = checkpoint.path / NGRAMS if output is None else Path(output)
+    if output == "" or target.is_dir() or not target.parent.is_dir():
+        raise SettingError(f"--output must name a file in a directory that is there; got {output!r}.")
+    if target.exists() and not is_table(target):
+        raise SettingError(f"{target} is no table of n-grams. Choose another place or remove it.")
     skipped: list[str] = []
     given = {"max_tokens": longest, "vocab_size": checkpoint.config.vocab_size, "skip": skipped.append}
     encode = make_encode(checkpoint)

@@ -139,8 +139,8 @@ def _documents(recipe: Any, checkpoint: Any) -> tuple[Any, list[Any]]:
     return Mixture([(first, sources[0][1]), *sources[1:]], seed=recipe.train.seed), held
 
 
-def read_sources(recipe: Any, checkpoint: Any) -> list[tuple[list[Any], float]]:
-    """The documents of each source, and its weight."""
+def read_sources(recipe: Any, checkpoint: Any, *, tells: bool = True) -> list[tuple[list[Any], float]]:
+    """The documents of each source, and its weight. tells: of skipped lines."""
     from trimode.training.encode import make_encode, read_source
 
     encode = make_encode(checkpoint)
@@ -151,7 +151,7 @@ def read_sources(recipe: Any, checkpoint: Any) -> list[tuple[list[Any], float]]:
         (read_source(source, encode, max_tokens=max_tokens, vocab_size=vocab_size, skip=skip), source.weight)
         for source in recipe.data.sources
     ]
-    if skipped and screen.is_first_rank():
+    if skipped and tells and screen.is_first_rank():
         screen.say(f"{len(skipped)} lines skipped; the first: {skipped[0]}")
     return sources
 

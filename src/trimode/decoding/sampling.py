@@ -495,7 +495,7 @@ def _judged(
             scores = torch.cat([scores_after(rows.logits[i : i + 1], generation, histories[i]) for i in range(n + 1)])
         else:
             scores = adjusted(rows.logits, generation)
-        others, p = _likeliest_or_drawn(scores, generation, None if u is None else u[sent(first, device)])
+        others, p = scores.argmax(dim=-1), None if u is None else truncated_distribution(scores, generation.settings)
     if u is None or p is None:
         accepted = others[:n] == places
     else:

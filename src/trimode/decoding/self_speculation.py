@@ -125,8 +125,9 @@ def _token_and_draft(g: Generation, row: Rows, ahead: Rows, kept: int) -> Readin
 
 def _token_and_sure_drafts(g: Generation, row: Rows, ahead: Rows, kept: int) -> Reading[Outcome]:
     """The same, where only sure drafts are taken."""
-    token = unread_token(row, g, g.final)
-    if isinstance(token, int) or g.constraint is not None:
+    # drafts under a constraint hang on the token itself, and wait for it
+    token = None if g.constraint is not None else unread_token(row, g, g.final)
+    if not isinstance(token, Tensor):
         outcome = yield from one_token(g, row, kept)
         yield from _fill_draft(g, g.state, ahead, *outcome.committed)
         return outcome

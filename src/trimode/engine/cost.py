@@ -51,7 +51,7 @@ AT_HAND = 0.8
 SUREST = 0.97
 """No draft is right more often."""
 LONGEST_QUOTE = 16
-"""Inputs of a verification of what the text itself suggests, at most."""
+"""Inputs of a verification of what the text or the table suggests, at most."""
 ENOUGH = 1.05
 """A choice must promise this much over `ar`: estimates are never better than that."""
 FIRST_PROBE, PROBE_EVERY = 4, 48
@@ -400,7 +400,7 @@ class _Request:
     own: Acceptance = field(default_factory=Acceptance)
     """Of the block view's drafts."""
     trust: dict[int, Trust] = field(default_factory=dict)
-    """In what its text suggests, by `Suggestion.length`."""
+    """In what is suggested, by `Suggestion.length`."""
     suggested: Suggestion | None = None
     """What was last looked at."""
     trials: _Trials = field(default_factory=_Trials)
@@ -423,7 +423,7 @@ class MeasuredChooser:
         can_draft: bool = True,
     ) -> None:
         """table: or what measures it, which nobody's first token waits for. can_draft: somebody trained the block view; else only what
-        the text itself suggests is ever verified."""
+        the text or the table suggests is ever verified."""
         self._can_draft = can_draft
         self._costs = LatelySeen(table) if isinstance(table, CostTable) else None
         self._measure = table
@@ -431,7 +431,7 @@ class MeasuredChooser:
         self._first_is_exact = first_is_exact
         self._all = Acceptance()
         self._trust: dict[int, Trust] = {}
-        """In what texts suggest, by `Suggestion.length`."""
+        """In what is suggested, by `Suggestion.length`."""
         self._crowds: tuple[int, dict[int, bool]] = (-1, {})
         """For a version of the costs, whether so many requests fill a forward."""
 

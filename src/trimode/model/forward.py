@@ -45,7 +45,7 @@ class Answers(NamedTuple):
     hidden: Any = None
     """[n, D] The hidden states themselves, where a draft head may want them, as it takes them."""
     draft_head: Any = None
-    """Chooses drafts one behind the other (`draft`, `rescored`); None where the adapter has no successor."""
+    """Chooses drafts one behind the other (`draft`, `drafted`, `rescored`); None where the adapter has no successor."""
 
 
 @runtime_checkable

@@ -60,6 +60,8 @@ class NgramReader:
         slots, last, key, found = self._slots, self._last, 0, None
         for i in range(1, min(LONGEST_CONTEXT, len(text)) + 1):
             key = ((key ^ (text[-i] + 1)) * _MULTIPLIER) & _BITS
+            # else the keys of neighbouring ids would stand in a row (see `_mixed`)
+            key = ((key ^ key >> 32) * _MULTIPLIER) & _BITS
             at, check = key >> self._shift, key & 0xFFFFFFFF
             while slot := slots[at]:
                 if slot >> 32 == check:
@@ -100,6 +102,11 @@ def count_ngrams(
     return NgramTable(_placed(*(part[often] for part in entries[:3])), len(often), vocab_size)
 
 
+def _mixed(keys: np.ndarray) -> np.ndarray:
+    """The same, their uppermost bits hanging on all others: keys that are near one another would fill neighbouring slots."""
+    return (keys ^ keys >> np.uint64(32)) * np.uint64(_MULTIPLIER)
+
+
 def _contexts(texts: Iterable[tuple[Sequence[int], int]]) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     """Of each counted token the keys of the contexts before it, by their length (0: there are not so many tokens); the token; whether
     its text is kept aside."""
@@ -113,7 +120,7 @@ def _contexts(texts: Iterable[tuple[Sequence[int], int]]) -> tuple[list[np.ndarr
         key = np.zeros(len(ids) - first, np.uint64)
         for n in range(1, LONGEST_CONTEXT + 1):
             before = np.arange(first, len(ids)) - n
-            key = (key ^ (ids[before].astype(np.uint64) + np.uint64(1))) * np.uint64(_MULTIPLIER)
+            key = _mixed((key ^ (ids[before].astype(np.uint64) + np.uint64(1))) * np.uint64(_MULTIPLIER))
             keys[n - 1].append(np.where(before < 0, np.uint64(0), key))
         tokens.append(ids[first:])
         held.append(np.full(len(ids) - first, number % HELD_OUT == HELD_OUT - 1))
@@ -136,16 +143,17 @@ class _Counts:
 
     @classmethod
     def of(cls, keys: np.ndarray, tokens: np.ndarray) -> "_Counts":
-        pairs = np.empty(len(keys), [("key", np.uint64), ("token", np.int64)])
-        pairs["key"], pairs["token"] = keys, tokens
-        pairs, times = np.unique(pairs[keys != 0], return_counts=True)
-        order = np.lexsort((pairs["token"], -times, pairs["key"]))
-        ordered = pairs["key"][order]
-        is_first = np.ones(len(order), bool)
-        is_first[1:] = ordered[1:] != ordered[:-1]
-        starts = np.flatnonzero(is_first)
-        total = np.add.reduceat(times[order], starts) if len(starts) else times
-        return cls(ordered[starts], pairs["token"][order][starts], times[order][starts], total)
+        keys, tokens = keys[keys != 0], tokens[keys != 0]
+        order = np.lexsort((tokens, keys))
+        keys, tokens = keys[order], tokens[order]
+        starts = np.flatnonzero(_changes(keys) | _changes(tokens))
+        times = np.diff(starts, append=len(keys))
+        keys, tokens = keys[starts], tokens[starts]
+        order = np.lexsort((tokens, -times, keys))
+        keys, tokens, times = keys[order], tokens[order], times[order]
+        starts = np.flatnonzero(_changes(keys))
+        total = np.add.reduceat(times, starts) if len(starts) else times
+        return cls(keys[starts], tokens[starts], times[starts], total)
 
     def find(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where these contexts stand, and whether they do."""
@@ -157,6 +165,13 @@ class _Counts:
         """Which contexts are alike: as often seen, and as sure."""
         often = np.minimum(np.searchsorted([1, 2, 4, 10], self.total), 4)
         return (9 * often + np.rint(8 * self.times / self.total)).astype(np.int64)
+
+
+def _changes(numbers: np.ndarray) -> np.ndarray:
+    """Where a number is not the one before it."""
+    found = np.ones(len(numbers), bool)
+    found[1:] = numbers[1:] != numbers[:-1]
+    return found
 
 
 def _chances(
