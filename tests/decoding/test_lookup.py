@@ -1,5 +1,7 @@
 """What the text itself suggests: of the latest places the one with the longest run that the text ends with, and what followed there."""
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -107,6 +109,14 @@ def test_a_table_that_is_surer_than_the_text_is_believed():
     same = LookupSelfSpeculation(count_ngrams([(one, 0) for one in OFTEN], 40)).suggest(g, 3)
     assert (same.tokens[0], same.length) == (23, 2)
     assert same.chances[0] > LIKELY[2]
+
+
+def test_what_a_table_hardly_knows_is_not_drafted():
+    """One of four follows each token, whichever: one draft may be right, two in a row hardly are."""
+    draws = random.Random(0)
+    found = suggested([5, 20], [[draws.choice([20, 21, 22, 23]) for _ in range(50)] for _ in range(400)], most=9)
+    assert len(found.tokens) == 1
+    assert found.chances[0] == pytest.approx(0.25, abs=0.1)
 
 
 def test_a_table_that_is_less_sure_than_the_text_is_not():

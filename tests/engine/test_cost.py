@@ -435,6 +435,20 @@ def test_a_suggestion_is_verified_as_far_as_its_chances_pay():
     assert lengths == [4, 2, 1, 4]
 
 
+@pytest.mark.parametrize(("share", "kind"), [(0.9, "lookup"), (0.7, "quadratic")])
+def test_what_is_suggested_is_taken_from_a_share_of_what_drafting_promises(share, kind):
+    flat = CostTable(num_inputs=(1, 128), causal_s=(1.0, 1.0), drafting_s=(1.0, 1.0))
+    chooser = MeasuredChooser(flat, has_adapter=True, first_is_exact=False)
+    g = tiny_model(3).open_answer([5], {"mode": "self_spec"}).generation
+    for _ in range(60):
+        chooser.note(g, 5, 1)
+    best, promised = chooser._best(chooser._of(g).own, chooser._all, 1, 0)
+    assert best.kind == "quadratic"
+    assert promised == pytest.approx(2.0, abs=0.01)
+    # a forward that verifies one draft makes 1 and its chance
+    assert chooser.choose(g, 1, lambda g, most: Suggestion((9,), (share * promised - 1.0,), 0)).kind == kind
+
+
 def test_trust_is_how_much_more_often_suggestions_are_right_than_they_say():
     trust = Trust()
     assert trust.factor(True) == trust.factor(False) == 1.0

@@ -133,11 +133,12 @@ def convert(
             if json:
                 screen.print_json({"checkpoint": str(target), "mask_token_id": mask, "steps": recipe.train.steps})
         return
-    summary = train.run(recipe, run, device, num_threads, checkpoint)
+    sources = train.read_sources(recipe, checkpoint)
+    summary = train.run(recipe, run, device, num_threads, checkpoint, sources)
     if not screen.is_first_rank():
         return
     (run / MADE).write_text(jsonlib.dumps(made), encoding="utf-8")
-    documents = [document for source, _ in train.read_sources(recipe, checkpoint, tells=False) for document in source]
+    documents = [document for source, _ in sources for document in source]
     write_converted(target, run, recipe, checkpoint, documents)
     summary = {
         "checkpoint": str(target),

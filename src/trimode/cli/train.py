@@ -58,8 +58,11 @@ def train(
         screen.say(json_module.dumps(summary))
 
 
-def run(recipe: Any, output: Path, device: str | None, threads: int | None, checkpoint: Any = None) -> dict[str, Any]:
-    """Train as the recipe says and write what came of it; the summary. `checkpoint`: the base, opened already."""
+def run(
+    recipe: Any, output: Path, device: str | None, threads: int | None, checkpoint: Any = None, sources: Any = None
+) -> dict[str, Any]:
+    """Train as the recipe says and write what came of it; the summary. `checkpoint`: the base, opened already; `sources`: the data,
+    read already."""
     from contextlib import ExitStack
 
     from trimode.device import set_threads
@@ -67,7 +70,7 @@ def run(recipe: Any, output: Path, device: str | None, threads: int | None, chec
     set_threads(threads)
     with ExitStack() as stack:
         target = _join_ranks(device, stack)
-        return _run(recipe, output, target, checkpoint or _open_base(recipe))
+        return _run(recipe, output, target, checkpoint or _open_base(recipe), sources)
 
 
 def _open_base(recipe: Any) -> Any:
@@ -129,18 +132,17 @@ def _join_ranks(device: str | None, stack: Any) -> Any:
     return target
 
 
-def _documents(recipe: Any, checkpoint: Any) -> tuple[Any, list[Any]]:
+def _documents(recipe: Any, sources: list[tuple[list[Any], float]]) -> tuple[Any, list[Any]]:
     """The mixture to train on, and the documents kept aside."""
     from trimode.training.convert import split_held_out
     from trimode.training.data import Mixture
 
-    sources = read_sources(recipe, checkpoint)
     first, held = split_held_out(sources[0][0], recipe.data.held_out)
     return Mixture([(first, sources[0][1]), *sources[1:]], seed=recipe.train.seed), held
 
 
-def read_sources(recipe: Any, checkpoint: Any, *, tells: bool = True) -> list[tuple[list[Any], float]]:
-    """The documents of each source, and its weight. tells: of skipped lines."""
+def read_sources(recipe: Any, checkpoint: Any) -> list[tuple[list[Any], float]]:
+    """The documents of each source, and its weight."""
     from trimode.training.encode import make_encode, read_source
 
     encode = make_encode(checkpoint)
@@ -151,12 +153,12 @@ def read_sources(recipe: Any, checkpoint: Any, *, tells: bool = True) -> list[tu
         (read_source(source, encode, max_tokens=max_tokens, vocab_size=vocab_size, skip=skip), source.weight)
         for source in recipe.data.sources
     ]
-    if skipped and tells and screen.is_first_rank():
+    if skipped and screen.is_first_rank():
         screen.say(f"{len(skipped)} lines skipped; the first: {skipped[0]}")
     return sources
 
 
-def _run(recipe: Any, output: Path, target: Any, checkpoint: Any) -> dict[str, Any]:
+def _run(recipe: Any, output: Path, target: Any, checkpoint: Any, sources: Any) -> dict[str, Any]:
     import torch
 
     from trimode.cli.train_log import TrainingLog
@@ -168,7 +170,7 @@ def _run(recipe: Any, output: Path, target: Any, checkpoint: Any) -> dict[str, A
 
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     run_directory = RunDirectory(output, identity=recipe.identity())
-    data, held = _documents(recipe, checkpoint)
+    data, held = _documents(recipe, sources or read_sources(recipe, checkpoint))
     if screen.is_first_rank():
         _say_needs(recipe, checkpoint.config, target)
     full = recipe.weights == "full"
